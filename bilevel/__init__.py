@@ -1,0 +1,52 @@
+"""Bilevel optimization on PyTorch: declare a problem once, solve it with interchangeable algorithms."""
+
+import implicit as _implicit
+
+if getattr(_implicit, "ENGINE_OF", None) != "bilevel":
+    raise ImportError(
+        f"the package 'implicit' that was found at {getattr(_implicit, '__file__', '?')} is not part of bilevel; an "
+        "unrelated distribution has the same name. Cure: pip uninstall implicit, then pip install --force-reinstall "
+        "bilevel (or remove a local implicit.py)"
+    )
+
+from bilevel.algorithms import Algorithm as Algorithm
+from bilevel.algorithms import ImplicitGradient as ImplicitGradient
+from bilevel.algorithms import Penalty as Penalty
+from bilevel.data import Batches as Batches
+from bilevel.modules import ModuleProblem as ModuleProblem
+from bilevel.modules import from_modules as from_modules
+from bilevel.problem import BilevelProblem as BilevelProblem
+from bilevel.registry import algorithm as algorithm
+from bilevel.registry import algorithms as algorithms
+from bilevel.solution import Accuracy as Accuracy
+from bilevel.solution import Solution as Solution
+from bilevel.solve import solve as solve
+from bilevel.step_sizes import PathEfficiency as PathEfficiency
+from implicit import ConvergenceWarning as ConvergenceWarning
+from implicit import Progress as Progress
+from implicit import SaveCheckpoint as SaveCheckpoint
+from implicit import SolveError as SolveError
+from implicit import Status as Status
+from implicit import load_checkpoint as load_checkpoint
+
+__all__ = [
+    "Accuracy",
+    "Algorithm",
+    "Batches",
+    "BilevelProblem",
+    "ConvergenceWarning",
+    "ImplicitGradient",
+    "ModuleProblem",
+    "PathEfficiency",
+    "Penalty",
+    "Progress",
+    "SaveCheckpoint",
+    "Solution",
+    "SolveError",
+    "Status",
+    "algorithm",
+    "algorithms",
+    "from_modules",
+    "load_checkpoint",
+    "solve",
+]

@@ -1,0 +1,197 @@
+"""The accuracy report: what is measured about a point, independently of how it was found."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.oracle import Oracle
+from bilevel.problem import BilevelProblem
+from bilevel.solution import Accuracy
+from implicit import CG, LinearSolver, NewtonCG, SpectralProjectedGradient, tree
+from implicit.derivatives import value_and_gradient
+from implicit.hypergradient import Hypergradient, hypergradient, measure_accuracy
+from implicit.minimizers import ProjectedObjective, gradient_objective, graph_objective
+from implicit.tree import Tree
+
+SAFETY = 2.0
+"""Factor on the estimated distance: the estimate is right to first order only."""
+
+
+@dataclass
+class LowerSolution:
+    """A lower problem solved as far as rounding allows."""
+
+    y: Tree
+    residual: float
+
+
+def solve_lower(fn: Callable[[Tree], Tensor], y: Tree, problem: BilevelProblem, rtol: float) -> LowerSolution:
+    """Minimize ``fn`` over the lower set from y, to ``rtol`` times the gradient norm at y or to rounding."""
+    start = tree.ravel(tree.detach(y))
+    if problem.lower_set.is_whole_space:
+        method = NewtonCG(rtol=rtol)
+        objective = graph_objective(lambda _, q: fn(q), (), y, "lower")
+        state, _ = method.run(objective, start)
+        return LowerSolution(tree.unravel(state.point, y), float(torch.linalg.vector_norm(state.gradient)))
+    projected = ProjectedObjective(
+        gradient_objective(fn, y, "lower"),
+        lambda flat: tree.ravel(problem.lower_set.project(tree.unravel(flat, y))),
+    )
+    state, _ = SpectralProjectedGradient(rtol=rtol).run(projected, start)
+    residual = projected.residual(state.point, state.gradient)
+    return LowerSolution(tree.unravel(state.point, y), float(torch.linalg.vector_norm(residual)))
+
+
+def stationarity(problem: BilevelProblem, x: Tree, h: Tree) -> float:
+    """``||x - P_X(x - h)||``; the norm of h without a set."""
+    if problem.upper_set.is_whole_space:
+        return float(tree.norm(h))
+    return float(tree.norm(tree.sub(x, problem.upper_set.project(tree.sub(x, h)))))
+
+
+def lower_residual(problem: BilevelProblem, oracle: Oracle, x: Tree, y: Tree) -> float:
+    """``||grad_y g||``, or ``||y - P(y - grad_y g)||`` with a lower set."""
+    _, gradient = value_and_gradient(lambda q: oracle.lower(x, q), y)
+    if problem.lower_set.is_whole_space:
+        return float(tree.norm(gradient))
+    return float(tree.norm(tree.sub(y, problem.lower_set.project(tree.sub(y, gradient)))))
+
+
+def assess_implicit(
+    problem: BilevelProblem, oracle: Oracle, x: Tree, y: Tree, solver: LinearSolver, adjoint: Tree | None
+) -> tuple[Accuracy, Hypergradient]:
+    """The report of one implicit hypergradient at (x, y), without the distance."""
+    found = hypergradient(
+        oracle.upper, oracle.lower, x, y, linear_solver=solver, adjoint=adjoint, accuracy=False
+    )
+    graph = oracle.graph(x, y)
+    report = measure_accuracy(
+        oracle.upper, oracle.lower, x, y, graph, found.value, found.linear, solver, problem.strong_convexity
+    )
+    notes = () if found.linear.success else (f"adjoint system: {found.linear.message}",)
+    return (
+        Accuracy(
+            lower_residual=report.lower_residual,
+            lower_error=report.lower_error,
+            linear_residual=report.linear_residual,
+            stationarity=stationarity(problem, x, found.value),
+            hypergradient_error=report.error,
+            hypergradient_error_kind=report.kind,
+            notes=notes,
+        ),
+        found,
+    )
+
+
+class ImplicitMap:
+    """x -> accurate hypergradient, lower level and adjoint warm-started; counts its calls."""
+
+    def __init__(self, problem: BilevelProblem, oracle: Oracle, y: Tree, adjoint: Tree, solver: LinearSolver) -> None:
+        self.problem, self.oracle, self.y, self.adjoint, self.solver = problem, oracle, y, adjoint, solver
+
+    def __call__(self, x: Tree) -> Tree:
+        self.y = solve_lower(lambda q: self.oracle.lower(x, q), self.y, self.problem, rtol=1e-10).y
+        found = hypergradient(
+            self.oracle.upper, self.oracle.lower, x, self.y,
+            linear_solver=self.solver, adjoint=self.adjoint, accuracy=False,
+        )  # fmt: skip
+        self.adjoint = found.adjoint
+        return found.value
+
+
+def distance_to_solution(
+    problem: BilevelProblem, hyper: Callable[[Tree], Tree], x: Tree, h: Tree, budget: int
+) -> tuple[float | None, str | None]:
+    """Estimate ``||x - x*||`` as the length of a Newton correction of the upper level, times :data:`SAFETY`.
+
+    Solves ``P B P d = P r`` by CG, with B the Hessian of the hyper-objective from differences of hypergradients, r
+    the projected-gradient residual and P the derivative of the projection onto X (the identity without a set). What
+    CG leaves over is bounded by its own smallest Ritz value.
+
+    Args:
+        problem: for the upper set.
+        hyper: x -> accurate hypergradient.
+        x: the point.
+        h: the hypergradient there.
+        budget: how many hypergradients may be spent.
+
+    Returns:
+        The estimate, or None and the reason.
+    """
+    flat, gradient = tree.ravel(x), tree.ravel(h)
+    eps = float(torch.finfo(flat.dtype).eps)
+
+    def project(point: Tensor) -> Tensor:
+        return tree.ravel(problem.upper_set.project(tree.unravel(point, x)))
+
+    target = flat - gradient
+    landed = project(target)
+    residual = flat - landed
+    size = float(torch.linalg.vector_norm(residual))
+    scale = float(torch.linalg.vector_norm(flat)) + 1.0
+    if size == 0.0:
+        return 0.0, None
+
+    def tangent(v: Tensor) -> Tensor:
+        if problem.upper_set.is_whole_space:
+            return v
+        width = eps**0.5 * scale / (float(torch.linalg.vector_norm(v)) + 1e-300)
+        return (project(target + width * v) - landed) / width
+
+    base = tree.ravel(hyper(x))
+
+    def curvature(v: Tensor) -> Tensor:
+        norm = float(torch.linalg.vector_norm(v))
+        if norm == 0.0:
+            return torch.zeros_like(v)
+        width = eps ** (1 / 3) * scale / norm
+        return tangent((tree.ravel(hyper(tree.unravel(flat + width * v, x))) - base) / width)
+
+    r = tangent(residual)
+    normal = float(torch.linalg.vector_norm(residual - r))
+    d, p = torch.zeros_like(r), r.clone()
+    rr = float(r @ r)
+    first = math.sqrt(rr)
+    diagonal: list[float] = []
+    ratios: list[float] = []
+    for _ in range(min(budget, flat.numel())):
+        if math.sqrt(rr) <= 0.05 * first or rr == 0.0:
+            break
+        bp = curvature(p)
+        pbp = float(p @ bp)
+        if not pbp > 0:
+            return None, "the hyper-objective is not convex along a direction tested at the solution"
+        alpha = rr / pbp
+        d, r = d + alpha * p, r - alpha * bp
+        after = float(r @ r)
+        diagonal.append(1.0 / alpha + (ratios[-1] * diagonal_alpha if ratios else 0.0))
+        ratios.append(after / rr)
+        diagonal_alpha = 1.0 / alpha
+        p = r + (after / rr) * p
+        rr = after
+    rest = 0.0
+    if rr > (0.05 * first) ** 2 and diagonal:
+        rest = math.sqrt(rr) / _smallest_ritz(diagonal, ratios)
+    elif rr > 0 and not diagonal:
+        return None, "no hypergradient was left to measure the curvature of the hyper-objective"
+    return SAFETY * (normal + float(torch.linalg.vector_norm(d)) + rest), None
+
+
+def _smallest_ritz(diagonal: list[float], ratios: list[float]) -> float:
+    """Smallest eigenvalue of the Lanczos matrix behind CG; the k-th off-diagonal is ``sqrt(ratio_k) / alpha_k``."""
+    n = len(diagonal)
+    alphas = []
+    for k in range(n):
+        alphas.append(1.0 / (diagonal[k] - (ratios[k - 1] / alphas[k - 1] if k else 0.0)))
+    t = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    for k in range(n - 1):
+        t[k, k + 1] = t[k + 1, k] = math.sqrt(ratios[k]) / alphas[k]
+    return max(float(torch.linalg.eigvalsh(t)[0]), 1e-300)
+
+
+def accurate_solver(solver: LinearSolver | None) -> LinearSolver:
+    """The solver of the report: the algorithm's own, else CG near rounding."""
+    return solver if solver is not None else CG(rtol=1e-10)

@@ -1,0 +1,348 @@
+"""The command line: ``bilevel list``, ``run``, ``solve`` and ``plot``."""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+
+import bilevel
+from bilevel import picture, report, settings
+from bilevel.request import Request, prepare, read_request
+from bilevel.solution import Solution
+from bilevel.targets import Job, Target, describe_error, load_target
+from implicit import Progress, SaveCheckpoint, SolveError, StepInfo
+
+MISUSE, FAILURE, INTERRUPTED = 2, 1, 130
+
+_ABOUT = """\
+Bilevel optimization on PyTorch: minimize f(x, y*(x)) over x, where y*(x) minimizes g(x, .).
+
+  bilevel list                                        what there is to run, and what fits what
+  bilevel run hyper_cleaning                          find wrong labels in real data (digits)
+  bilevel run quadratic --algorithm penalty --set n=20 --max-steps 500
+  bilevel solve my_problem.py:problem                 a problem declared in a file of yours
+  bilevel plot runs/*                                 several runs in one picture
+"""
+_AFTER = """\
+Results go to runs/CASE-ALGORITHM, or to --out DIR: result.json, history.jsonl, convergence.png, solution.safetensors,
+the checkpoint run.pt, and what the case adds. An earlier run there is moved aside to DIR.1, DIR.2, ...
+Exit codes: 0 solved, or a budget or Ctrl-C ended the run; 1 numerical failure; 2 misuse.
+"""
+_SETTINGS = """\
+settings: --set key=value sets a parameter of the problem or a field of the algorithm; dots reach inside.
+  --set n=20 --set seed=3                             parameters of the problem
+  --set lower_solver=LBFGS --set lower_solver.memory=50
+  --set upper_optimizer=Adam --set upper_options.lr=0.01
+  --set step_size.window=50 --set penalty=none
+  case.key=... and algorithm.key=... where both have the same key
+"""
+
+
+_DECLARED = (TypeError, ValueError, KeyError, OSError, ImportError, NotImplementedError)
+
+
+class Misuse(Exception):
+    """A wrong command, setting, file or declaration: exit code 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Misuse(f"{message}; see {self.prog} --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a numerical failure, 2 for misuse."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            args = _parser().parse_args(argv)
+            return args.action(args, argv)
+        except Misuse as error:
+            print(f"bilevel: error: {error}", file=sys.stderr)
+            return MISUSE
+        except KeyboardInterrupt:
+            print("bilevel: interrupted; a run that was under way goes on with --resume", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    print(f"bilevel: warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _misuse(file: Path | None = None, still: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Turn errors of declarations into :class:`Misuse`, as long as ``still()``; any error of the user's own file."""
+    try:
+        yield
+    except (Misuse, SolveError):
+        raise
+    except Exception as error:
+        # What passed through the user's file is named with its line; other kinds are bugs of ours.
+        text = describe_error(error, file)
+        foreign = file is not None and text.startswith(str(file))
+        if not still() or not (foreign or isinstance(error, _DECLARED)):
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise Misuse(text if foreign else str(message)) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("bilevel", description=_ABOUT, epilog=_AFTER, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"bilevel {report.version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+
+    def command(name: str, action: Callable[[argparse.Namespace, list[str]], int], text: str) -> Any:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=_SETTINGS + "\n" + _AFTER, formatter_class=raw, allow_abbrev=False
+        )
+        sub.set_defaults(action=action)
+        return sub
+
+    listing = command("list", _list, "every case and algorithm, and which fit together")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    run = command("run", _run, "run an algorithm on a case, such as: bilevel run hyper_cleaning")
+    run.add_argument("target", metavar="CASE", help="a name from bilevel list")
+    run.add_argument("--data-dir", metavar="DIR", help="where data files are; the variable BILEVEL_DATA does the same")
+    solve = command("solve", _solve, "solve a problem declared in a file: bilevel solve my_problem.py:problem")
+    solve.add_argument("target", metavar="FILE.py:NAME", help="a BilevelProblem, or a function that returns one")
+    for sub in (run, solve):
+        _add_options(sub)
+    plot = command("plot", _plot, "draw the convergence of result directories into one picture")
+    plot.add_argument("folders", metavar="DIR", nargs="+", type=Path)
+    plot.add_argument(
+        "--out", metavar="FILE", type=Path, help="the PNG; DIR/convergence.png, or comparison.png for several"
+    )
+    return parser
+
+
+def _add_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--algorithm", metavar="NAME", help="default: ImplicitGradient where it fits, else Penalty")
+    sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting; may be repeated")
+    sub.add_argument("--max-steps", metavar="N", type=int, help="steps of the whole run, resumptions included")
+    sub.add_argument("--time-limit", metavar="SECONDS", type=float, help="of this command, without the final report")
+    sub.add_argument("--rtol", metavar="R", type=float, help="relative tolerance on the stationarity")
+    sub.add_argument("--atol", metavar="A", type=float, help="absolute tolerance on it")
+    sub.add_argument("--seed", metavar="S", type=int, help="of the run, and of the problem where it has one; default 0")
+    sub.add_argument("--device", metavar="DEVICE", help="cpu or cuda, for problems with that setting")
+    sub.add_argument("--dtype", choices=("float32", "float64"), help="for problems with that setting")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="where results go; default runs/CASE-ALGORITHM")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in DIR; settings not given are its own")
+    sub.add_argument("--checkpoint-every", metavar="N", type=int, help="steps between saves; default: every 10 seconds")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar, and one line at the end")
+
+
+def _problems() -> ModuleType:
+    import problems
+
+    if not hasattr(problems, "entries"):
+        raise Misuse(
+            f"the package 'problems' found at {problems.__file__} is not part of bilevel and hides ours; run from "
+            "another folder, or rename it"
+        )
+    return problems
+
+
+def _case_target(name: str) -> Target:
+    problems = _problems()
+    with _misuse():
+        entry = problems.entry(name)
+
+    def build(**given: Any) -> Job:
+        case = problems.case(entry.name, **given)
+
+        def exact(solution: Solution) -> dict[str, float]:
+            found = {"distance_to_exact_x": case.distance(solution), "relative_error_of_x": case.error(solution)}
+            return found if case.upper_star is None else {**found, "optimal_upper_value": case.upper_star}
+
+        return Job(
+            problem=case.problem,
+            start=case.start,
+            settings=case.settings,
+            max_steps=case.max_steps,
+            report=case.report,
+            exact=exact if case.x_star is not None else None,
+            source=case.source,
+        )
+
+    return Target(
+        name=entry.name,
+        identity=f"case {entry.name}",
+        label=f"case {entry.name}",
+        slots=settings.function_slots(entry.factory),
+        build=build,
+    )
+
+
+def _list(args: argparse.Namespace, argv: list[str]) -> int:
+    problems = _problems()
+    cases = []
+    for entry in problems.entries().values():
+        fits, note = None, "needs --data-dir"
+        if "external-data" not in entry.tags:
+            with contextlib.suppress(FileNotFoundError):
+                problem = problems.case(entry.name).problem
+                fits = [name for name, cls in bilevel.algorithms().items() if cls().refuses(problem) is None]
+                note = None
+        defaults = {name: slot.default for name, slot in settings.function_slots(entry.factory).items()}
+        cases.append(
+            {
+                "name": entry.name,
+                "summary": entry.summary,
+                "tags": sorted(entry.tags),
+                "settings": settings.plain(defaults),
+                "fits": fits,
+                "note": note,
+            }
+        )
+    methods = report.describe_algorithms()
+    if args.json:
+        print(json.dumps({"cases": cases, "algorithms": methods}, indent=2, allow_nan=False))
+    else:
+        print(report.overview(cases, methods))
+    return 0
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.data_dir is not None:
+        args.data_dir = str(Path(args.data_dir).resolve())
+        if not Path(args.data_dir).is_dir():
+            raise Misuse(f"--data-dir {args.data_dir}: there is no such folder")
+    return _execute(args, argv, _case_target(args.target))
+
+
+def _solve(args: argparse.Namespace, argv: list[str]) -> int:
+    with _misuse():
+        target = load_target(args.target)
+    args.data_dir = None
+    return _execute(args, argv, target)
+
+
+def _execute(args: argparse.Namespace, argv: list[str], target: Target) -> int:
+    if args.device is not None and args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise Misuse(f"--device {args.device}: PyTorch sees no CUDA device here; use --device cpu")
+    with _misuse(target.file):
+        stored, checkpoint = read_request(args, target) if args.resume else (None, None)
+        request = prepare(args, target, stored)
+    opening = _Opening(request, args)
+    solution, error = None, None
+    try:
+        with _misuse(target.file, still=lambda: not opening.done):
+            solution = bilevel.solve(
+                request.job.problem,
+                request.algorithm,
+                *(request.job.start if checkpoint is None else ()),
+                max_steps=request.max_steps,
+                time_limit=request.time_limit,
+                rtol=request.rtol,
+                atol=request.atol,
+                generator=torch.Generator().manual_seed(request.seed) if checkpoint is None else None,
+                callbacks=[opening, *_callbacks(request, args)],
+                checkpoint=checkpoint,
+                raise_on_failure=False,
+            )
+    except SolveError as failure:
+        solution, error = failure.solution, failure
+        if solution is None:
+            raise
+    return _finish(request, args, argv, solution, error)
+
+
+class _Opening:
+    """Claims the output directory once everything has been checked and the run begins."""
+
+    def __init__(self, request: Request, args: argparse.Namespace) -> None:
+        self.request, self.args = request, args
+        self.done = False
+
+    def start(self, info: StepInfo) -> None:
+        """Move an earlier run aside, keep the request, and say what is about to be solved."""
+        request = self.request
+        moved = None if self.args.resume else report.move_aside(request.out)
+        if moved is not None:
+            print(f"bilevel: note: {request.out} held an earlier run, which is now {moved}", file=sys.stderr)
+        report.write_json(request.out / report.REQUEST, request.record())
+        if not self.args.quiet:
+            print(report.header(request.job.problem, info.state.x, info.state.y, request.algorithm.name))
+            if self.args.resume:
+                print(f"resuming at step {info.step:,}")
+        sys.stdout.flush()
+        self.done = True
+
+    def __call__(self, info: StepInfo) -> None:
+        """Nothing: only the start matters."""
+
+
+def _callbacks(request: Request, args: argparse.Namespace) -> list[Any]:
+    path = request.out / report.CHECKPOINT
+    chosen: list[Any] = []
+    if request.checkpoint_every is not None:
+        chosen.append(SaveCheckpoint(path, every=request.checkpoint_every))
+    elif request.job.problem.resumable:
+        chosen.append(report.TimedCheckpoint(path))
+    return chosen if args.quiet else [*chosen, Progress()]
+
+
+def _finish(
+    request: Request, args: argparse.Namespace, argv: Sequence[str], solution: Solution, error: SolveError | None
+) -> int:
+    """Write everything and say how it ended."""
+    out, job = request.out, request.job
+    failed = error is not None or solution.status.is_failure
+    facts = {**request.facts(), "command": shlex.join(["bilevel", *argv])}
+    if error is not None:
+        facts["error"] = str(error)
+    if job.exact is not None:
+        facts["exact"] = job.exact(solution)
+    files = [
+        report.write_solution(out / report.SOLUTION, solution, request.target.name),
+        report.write_history(out / report.HISTORY, solution.history),
+    ]
+    added = None
+    try:
+        label = f"{request.target.name}, {solution.algorithm.name}"
+        curve = picture.Curve(label, solution.history, facts.get("exact", {}).get("optimal_upper_value"))
+        title = f"{label}: {solution.status.name} after {solution.steps:,} steps"
+        files.append(picture.draw(out / report.PICTURE, [curve], title))
+        if job.report is not None and not failed:
+            added = job.report(solution, out)
+            facts["report"] = added.metrics
+            files += added.files
+    finally:  # a picture or a report that fails must not lose the run
+        files.insert(0, report.write_json(out / report.RESULT, report.result(solution, facts)))
+    files += [path for path in (out / report.CHECKPOINT,) if path.exists()]
+    if args.quiet:
+        print(f"{solution.status.name} after {solution.steps:,} steps, upper value {solution.upper_value:.6g}: {out}")
+    else:
+        print(f"\n{report.summary(solution, facts)}\n")
+        if added is not None:
+            print(f"{added.text}\n")
+        print(f"Written to {out}: {', '.join(str(os.path.relpath(f, out)) for f in files)}")
+    if failed:
+        where = describe_error(error.__cause__, request.target.file) if error is not None and error.__cause__ else ""
+        message = f"{error} ({where})" if request.target.file and where else error or solution.message
+        print(f"bilevel: error: {message}. What was found until then is in {out}", file=sys.stderr)
+    return FAILURE if failed else 0
+
+
+def _plot(args: argparse.Namespace, argv: list[str]) -> int:
+    with _misuse():
+        curves = [picture.read_curve(folder) for folder in args.folders]
+        single = len(curves) == 1
+        path = args.out or (args.folders[0] / report.PICTURE if single else Path("comparison.png"))
+        print(f"Written: {picture.draw(path, curves, curves[0].label if single else 'Convergence')}")
+    return 0

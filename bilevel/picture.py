@@ -1,0 +1,103 @@
+"""The picture of a run's convergence; matplotlib is imported only when one is drawn."""
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bilevel.report import HISTORY, RESULT, write
+
+_RESIDUALS = {"stationarity": "stationarity", "hypergradient": "norm of the minibatch hypergradient"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run of a picture: its label, its history, and the optimal upper value where it is known."""
+
+    label: str
+    history: Sequence[Mapping[str, Any]]
+    optimum: float | None = None
+
+    def column(self, *names: str) -> tuple[str, list[float]]:
+        """The first of ``names`` that the history has, and its values."""
+        for name in names:
+            if self.history and name in self.history[0]:
+                return name, [float(row.get(name, "nan")) for row in self.history]
+        return names[0], []
+
+
+def read_curve(folder: Path) -> Curve:
+    """The curve of a result directory.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no history, or what is there cannot be read.
+    """
+    path = folder / HISTORY
+    if not path.exists():
+        reason = f"has no {HISTORY}; a run writes it at its end" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{folder} {reason}. Give directories that bilevel run or bilevel solve wrote")
+    try:
+        history = [json.loads(line) for line in path.read_text().splitlines()]
+        about = json.loads((folder / RESULT).read_text()) if (folder / RESULT).exists() else {}
+        exact = about.get("exact") or {}
+        name = f"{about['problem']}, {about['algorithm']['name']}" if about else folder.name
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: {HISTORY} or {RESULT} is damaged ({error})") from None
+    optimum = exact.get("optimal_upper_value")
+    return Curve(name, history, float(optimum) if optimum is not None else None)
+
+
+def draw(path: Path, curves: Sequence[Curve], title: str) -> Path:
+    """Upper value and stationarity against steps and seconds, one colour per run."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's own matplotlibrc says
+        figure = Figure(figsize=(10, 6.4), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, 2, sharey="row", sharex="col")
+        residuals = [curve.column(*_RESIDUALS) for curve in curves]
+        norms = [[v if v > 0 else math.nan for v in values] for _, values in residuals]
+        rows = [
+            ("upper value", [curve.column("upper_value")[1] for curve in curves]),
+            (" /\n".join(dict.fromkeys(_RESIDUALS[name] for name, _ in residuals)), norms),
+        ]
+        for row, (name, values) in enumerate(rows):
+            for axis, abscissa in zip(axes[row], ("step", "seconds"), strict=True):
+                _panel(axis, curves, abscissa, values, optimum=row == 0)
+            if _wants_log(values):
+                axes[row][0].set_yscale("log")
+            axes[row][0].set_ylabel(name)
+        axes[1][0].set_xlabel("step")
+        axes[1][1].set_xlabel("seconds")
+        if len(curves) > 1 or curves[0].optimum is not None:
+            handles, names = axes[0][0].get_legend_handles_labels()
+            figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), frameon=False)
+        figure.align_ylabels()
+        figure.suptitle(title, fontsize=12)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return write(path, buffer.getvalue())
+
+
+def _panel(axis: Any, curves: Sequence[Curve], abscissa: str, values: Sequence[list[float]], optimum: bool) -> None:
+    for index, (curve, found) in enumerate(zip(curves, values, strict=True)):
+        at = curve.column(abscissa)[1]
+        style = "o-" if len(found) <= 30 else "-"
+        axis.plot(at[: len(found)], found, style, color=f"C{index}", label=curve.label, linewidth=1.4, markersize=3.5)
+    known = dict.fromkeys(curve.optimum for curve in curves if curve.optimum is not None)
+    for value in known if optimum else ():
+        axis.axhline(value, color="0.35", linestyle="--", linewidth=1, label=f"optimal value {value:.5g}")
+    axis.grid(True, which="major", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _wants_log(values: Sequence[list[float]]) -> bool:
+    """Positive throughout, and over more than a decade."""
+    finite = [v for found in values for v in found if math.isfinite(v)]
+    return bool(finite) and min(finite) > 0 and max(finite) > 10 * min(finite)

@@ -1,0 +1,212 @@
+"""The declaration of a bilevel problem, and the checks that find a wrong one before the first step."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.data import Batches, require_resumable
+from constrained.sets import ConvexSet, WholeSpace
+from implicit import tree
+from implicit.tree import Tree
+
+Objective = Callable[..., Any]
+Metric = Callable[[Tree, Tree], Any]
+
+
+@dataclass(frozen=True)
+class BilevelProblem:
+    """``min over x in X of F(x) = f(x, y*(x))`` with ``y*(x) in argmin over y in Y of g(x, y)``.
+
+    Args:
+        upper: f(x, y), a scalar tensor, differentiable; or ``(f, aux)``.
+        lower: g(x, y), a scalar tensor, twice differentiable; or ``(g, aux)``.
+        upper_data, lower_data: :class:`Batches`; a level that declares data receives it: ``f(x, y, *, batch)``.
+        upper_set, lower_set: closed convex sets X and Y from ``constrained``; the whole space by default.
+        metrics: named functions of (x, y) that need not be differentiable, evaluated for the record only.
+        strong_convexity: the modulus mu of g in y, where it is known. It turns the accuracy report's estimates into
+            bounds and sizes the penalty.
+        name: for reports.
+
+    x and y are any pytrees of floating-point tensors. Nothing is cast or moved: dtype and device are those of the
+    starting point.
+
+    Raises:
+        TypeError, ValueError: if a field is misdeclared; the message names it and the cure. Everything that needs a
+            point is checked by :meth:`validate`, which ``solve`` calls before the first step.
+    """
+
+    upper: Objective
+    lower: Objective
+    upper_data: Batches | None = field(default=None, kw_only=True)
+    lower_data: Batches | None = field(default=None, kw_only=True)
+    upper_set: ConvexSet = field(default_factory=WholeSpace, kw_only=True)
+    lower_set: ConvexSet = field(default_factory=WholeSpace, kw_only=True)
+    metrics: Mapping[str, Metric] = field(default_factory=dict, kw_only=True)
+    strong_convexity: float | None = field(default=None, kw_only=True)
+    name: str = field(default="problem", kw_only=True)
+
+    def __post_init__(self) -> None:
+        for level in ("upper", "lower"):
+            function, data = getattr(self, level), getattr(self, f"{level}_data")
+            if not callable(function):
+                raise TypeError(f"{level} must be a function of (x, y), got {type(function).__name__}")
+            if data is not None and not isinstance(data, Batches):
+                raise TypeError(f"{level}_data must be bilevel.Batches, got {type(data).__name__}; wrap it: Batches(data)")
+            _check_signature(level, function, data is not None)
+            chosen = getattr(self, f"{level}_set")
+            if not isinstance(chosen, ConvexSet):
+                raise TypeError(f"{level}_set must be a set from constrained, got {type(chosen).__name__}")
+        for name, metric in self.metrics.items():
+            if not callable(metric):
+                raise TypeError(f"metrics[{name!r}] must be a function of (x, y), got {type(metric).__name__}")
+        if self.strong_convexity is not None and not self.strong_convexity > 0:
+            raise ValueError(f"strong_convexity must be positive or None, got {self.strong_convexity}")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether some level draws minibatches."""
+        return any(d is not None and d.stochastic for d in (self.upper_data, self.lower_data))
+
+    @property
+    def resumable(self) -> bool:
+        """Whether all samplers can be saved."""
+        return all(d is None or d.resumable for d in (self.upper_data, self.lower_data))
+
+    def require_resumable(self) -> None:
+        """Refuse to resume a problem whose sampler cannot be saved.
+
+        Raises:
+            TypeError: naming the level, the loader and the cure.
+        """
+        for level in ("upper", "lower"):
+            data = getattr(self, f"{level}_data")
+            if data is not None and not data.resumable:
+                try:
+                    require_resumable(data.loader)
+                except TypeError as error:
+                    raise TypeError(f"{level}_data: {error}") from None
+
+    def validate(self, x0: Tree, y0: Tree) -> None:
+        """Evaluate both levels at the starting point and refuse what cannot be solved.
+
+        Raises:
+            TypeError: for leaves that are no floating-point tensors, or objectives that return no scalar tensor.
+            ValueError: for mixed devices or dtypes, NaN, a lower objective without y, an x that enters nothing, sets
+                that do not fit.
+
+        Warns:
+            UserWarning: if the upper objective ignores y, or a leaf of y does not enter the lower objective.
+        """
+        _check_point(x0, "x0")
+        _check_point(y0, "y0")
+        _check_devices(x0, y0, {"upper_data": self.upper_data, "lower_data": self.lower_data})
+        self.upper_set.check(x0, "x0")
+        self.lower_set.check(y0, "y0")
+        used = {level: self._dependence(level, x0, y0) for level in ("upper", "lower")}
+        in_y = used["lower"][1]
+        if not any(in_y):
+            raise ValueError(
+                "lower does not depend on y: the lower problem has nothing to solve; check the order of the arguments "
+                "(x, y), and that the graph is not cut by .item(), .detach() or numpy"
+            )
+        for name, entered in zip(tree.paths(y0), in_y, strict=True):
+            if not entered:
+                warnings.warn(f"y{name} does not enter the lower objective, which leaves it undetermined", stacklevel=3)
+        for name, up, low in zip(tree.paths(x0), used["upper"][0], used["lower"][0], strict=True):
+            if not (up or low):
+                raise ValueError(f"x{name} enters neither objective; remove it, or check that the graph is not cut")
+        if not any(used["upper"][1]):
+            warnings.warn(
+                "upper does not depend on y: the lower level has no influence on the solution", stacklevel=3
+            )
+
+    def _dependence(self, level: str, x0: Tree, y0: Tree) -> tuple[list[bool], list[bool]]:
+        x, y = tree.variables(x0), tree.variables(y0)
+        data: Batches | None = getattr(self, f"{level}_data")
+        value = evaluate(getattr(self, level), level, x, y, _first_batch(data) if data is not None else None)
+        if not bool(torch.isfinite(value)):
+            raise ValueError(f"{level}(x0, y0) is {float(value)}; start where both objectives are finite")
+        if not value.requires_grad:
+            return [False] * len(tree.leaves(x)), [False] * len(tree.leaves(y))
+        own_x, own_y = tree.leaves(x), tree.leaves(y)
+        grads = torch.autograd.grad(value, own_x + own_y, allow_unused=True)
+        for name, g in zip([f"x{p}" for p in tree.paths(x)] + [f"y{p}" for p in tree.paths(y)], grads, strict=True):
+            if g is not None and not bool(torch.isfinite(g).all()):
+                raise ValueError(f"the gradient of {level} in {name} is not finite at (x0, y0); move the start")
+        entered = [g is not None for g in grads]
+        return entered[: len(own_x)], entered[len(own_x) :]
+
+
+def evaluate(function: Objective, level: str, x: Tree, y: Tree, batch: Any) -> Tensor:
+    """The scalar value of one objective, without its aux.
+
+    Raises:
+        TypeError, ValueError: if it is no scalar tensor, or the call fails; the message names level and shapes.
+    """
+    try:
+        found = function(x, y) if batch is None else function(x, y, batch=batch)
+    except (RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{level}(x, y) failed with {type(error).__name__}: {error}. "
+            f"It was called with x: {tree.describe(x)}; y: {tree.describe(y)}"
+        ) from error
+    value = found[0] if isinstance(found, tuple) and len(found) == 2 else found
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{level} must return a scalar tensor or (tensor, aux), got {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(f"{level} must return a scalar, got shape {tuple(value.shape)}; reduce it with .mean() or .sum()")
+    if not value.is_floating_point():
+        raise TypeError(f"{level} must return a floating-point scalar, got {value.dtype}")
+    return value.reshape(())
+
+
+def _first_batch(data: Batches) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    if data.loader is not None:
+        return data.full() if data.rows is not None else next(iter(data.loader))
+    return data.draw(data.init(generator), generator)
+
+
+def _check_signature(level: str, function: Objective, has_data: bool) -> None:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # builtins and some callables hide theirs
+        return
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    batch = parameters.get("batch")
+    if has_data and batch is None and not takes_any:
+        raise TypeError(f"{level}_data is declared, so {level} must accept it: def {level}(x, y, *, batch)")
+    if not has_data and batch is not None and batch.default is inspect.Parameter.empty:
+        raise TypeError(f"{level} takes a batch, but {level}_data is not declared: {level}_data=bilevel.Batches(...)")
+
+
+def _check_point(point: Tree, name: str) -> None:
+    values = tree.leaves(point)
+    if not values:
+        raise ValueError(f"{name} has no tensors")
+    for path, leaf in zip(tree.paths(point), values, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name}{path} must be a tensor, got {type(leaf).__name__}; use torch.tensor(...)")
+        if not leaf.is_floating_point():
+            raise TypeError(f"{name}{path} has dtype {leaf.dtype}; variables must be floating point: .double() or .float()")
+        if not bool(torch.isfinite(leaf).all()):
+            raise ValueError(f"{name}{path} contains NaN or infinity")
+
+
+def _check_devices(x0: Tree, y0: Tree, data: Mapping[str, Batches | None]) -> None:
+    seen: dict[torch.device, str] = {}
+    for name, point in (("x0", x0), ("y0", y0)):
+        for path, leaf in zip(tree.paths(point), tree.leaves(point), strict=True):
+            seen.setdefault(leaf.device, f"{name}{path}")
+    for name, batches in data.items():
+        if batches is not None and batches.loader is None and batches.dataset is None:
+            for path, leaf in zip(tree.paths(batches.full()), tree.leaves(batches.full()), strict=True):
+                seen.setdefault(leaf.device, f"{name}{path}")
+    if len(seen) > 1:
+        places = ", ".join(f"{name} on {device}" for device, name in seen.items())
+        raise ValueError(f"tensors live on several devices ({places}); move all of them to one with .to(device)")

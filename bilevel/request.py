@@ -1,0 +1,202 @@
+"""What a command asks for, resolved, stored beside the results, and compared when a run is resumed."""
+
+import argparse
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import bilevel
+from bilevel import report
+from bilevel.algorithms import Algorithm
+from bilevel.problem import BilevelProblem
+from bilevel.settings import SettingError, arguments, class_slots, plain, sort_keys, split
+from bilevel.targets import Job, Target
+
+_BUDGETS = ("max_steps", "time_limit", "rtol", "atol", "checkpoint_every")
+_FLAGS = ("seed", "dtype", "device", "data_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A run that is fully specified.
+
+    Attributes:
+        target, job, algorithm: what to solve, and how.
+        texts: the settings given, as texts, for the case and for the algorithm.
+        seed: of the run's generator.
+        max_steps, time_limit, rtol, atol, checkpoint_every: as in :func:`bilevel.solve`; free to change on resumption.
+        out: the result directory.
+    """
+
+    target: Target
+    job: Job
+    algorithm: Algorithm[Any]
+    texts: Mapping[str, Mapping[str, str]]
+    seed: int
+    max_steps: int | None
+    time_limit: float | None
+    rtol: float | None
+    atol: float | None
+    checkpoint_every: int | None
+    out: Path
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that must be the same for a resumed run to be the same run, by name."""
+        return {
+            "target": self.target.identity,
+            "algorithm": self.algorithm.name,
+            **{f"case.{k}": v for k, v in plain(self.job.settings).items() if k != "data_dir"},
+            **{f"algorithm.{k}": v for k, v in plain(self.algorithm.settings()).items()},
+            "seed": self.seed,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What is stored when the run starts."""
+        return {
+            "identity": self.identity(),
+            "texts": self.texts,
+            "budgets": {name: getattr(self, name) for name in _BUDGETS},
+            "file_sha256": _sha256(self.target.file),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What the result says about the problem."""
+        kind = "case" if self.target.file is None else "file"
+        return {
+            "problem": self.target.name,
+            kind: self.target.identity.removeprefix("case "),
+            "source": self.job.source,
+            "settings": self.job.settings,
+            "seed": self.seed,
+            "budgets": {name: getattr(self, name) for name in _BUDGETS},
+        }
+
+
+def prepare(args: argparse.Namespace, target: Target, stored: dict[str, Any] | None) -> Request:
+    """Resolve a command line; what it leaves open is taken from ``stored``, the run that is resumed.
+
+    Raises:
+        TypeError, ValueError, OSError: for settings that do not exist or fit, and data that are missing.
+        ValueError: if the resumed run was asked for differently; the message names what differs.
+    """
+    texts = {**split(args.set), **_from_flags(args, target)}
+    name = args.algorithm or (stored["identity"]["algorithm"] if stored else None)
+    cls = bilevel.algorithm(name) if name else None
+    if cls is not None:  # refuse a wrong key before any data are loaded
+        sort_keys(texts, _owners(target, cls))
+    own = {key: text for key, text in texts.items() if key.partition(".")[0] in ("case", *target.slots)}
+    before = stored["texts"] if stored else {"case": {}, "algorithm": {}}
+    case_texts = {**before["case"], **sort_keys(own, {"case": (target.label, target.slots)})["case"]}
+    job = target.build(**arguments(case_texts, target.slots))
+    cls = cls or _first_that_fits(job.problem)
+    algorithm_texts = {**before["algorithm"], **sort_keys(texts, _owners(target, cls))["algorithm"]}
+    algorithm = replace(cls(), **arguments(algorithm_texts, class_slots(cls)))
+    budgets = {
+        key: value if value is not None or not stored else stored["budgets"][key]
+        for key, value in ((key, getattr(args, key)) for key in _BUDGETS)
+    }
+    if budgets["max_steps"] is None:
+        budgets["max_steps"] = job.max_steps
+    seed = args.seed if args.seed is not None else stored["identity"]["seed"] if stored else 0
+    out = args.out or Path("runs") / f"{target.name}-{algorithm.name}"
+    request = Request(
+        target=target,
+        job=job,
+        algorithm=algorithm,
+        texts={"case": case_texts, "algorithm": algorithm_texts},
+        seed=seed,
+        out=out,
+        **budgets,
+    )
+    if stored:
+        _compare(stored, request)
+    return request
+
+
+def _owners(target: Target, cls: type[Algorithm[Any]]) -> dict[str, tuple[str, Any]]:
+    return {"case": (target.label, target.slots), "algorithm": (cls.__name__, class_slots(cls))}
+
+
+def _from_flags(args: argparse.Namespace, target: Target) -> dict[str, str]:
+    """Options that are settings of the case, under their keys."""
+    found = {}
+    for name in _FLAGS:
+        value = getattr(args, name)
+        flag = "--" + name.replace("_", "-")
+        if value is None or (name == "seed" and name not in target.slots):
+            continue
+        if name not in target.slots:
+            cure = "; dtype and device are those of its starting point" if name in ("dtype", "device") else ""
+            known = ", ".join(target.slots) or "none"
+            raise SettingError(f"{flag} {value}: {target.label} has no setting {name!r} (it has: {known}){cure}")
+        if {name, f"case.{name}"} & set(split(args.set)):
+            raise SettingError(f"{flag} {value} and --set {name}=... say the same thing twice; leave one out")
+        found[f"case.{name}"] = str(value)
+    return found
+
+
+def _first_that_fits(problem: BilevelProblem) -> type[Algorithm[Any]]:
+    reasons = []
+    for cls in bilevel.algorithms().values():
+        reason = cls().refuses(problem)
+        if reason is None:
+            return cls
+        reasons.append(reason)
+    raise ValueError(f"no algorithm fits this problem: {'; '.join(reasons)}")
+
+
+def _compare(stored: dict[str, Any], request: Request) -> None:
+    then, now = stored["identity"], plain(request.identity())
+    different = [
+        f"{name} is {now.get(name)!r}, was {then.get(name)!r}"
+        for name in dict.fromkeys([*then, *now])
+        if then.get(name) != now.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"--resume: the run in {request.out} was started differently ({'; '.join(different)}); leave these out to "
+            "go on with it, or start a new run without --resume"
+        )
+    if stored["file_sha256"] != _sha256(request.target.file):
+        warnings.warn(
+            f"{request.target.file} has changed since the run was started; the resumed run is not the same run",
+            stacklevel=2,
+        )
+
+
+def read_request(args: argparse.Namespace, target: Target) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The stored request and the checkpoint of the run to resume; sets ``args.out`` where it was left open.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is nothing to resume, or it is damaged.
+    """
+    if args.out is None:
+        args.out = _find_run(args, target)
+    out: Path = args.out
+    checkpoints = [out / report.CHECKPOINT, out / f"{report.CHECKPOINT}.previous"]
+    if not any(path.exists() for path in checkpoints):
+        started = (out / report.REQUEST).exists()
+        reason = "ended before its first checkpoint" if started else f"does not exist: no {report.CHECKPOINT} there"
+        raise FileNotFoundError(f"--resume: the run in {out} {reason}; start it without --resume")
+    try:
+        stored = json.loads((out / report.REQUEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--resume: {out / report.REQUEST} cannot be read ({error}); start a new run") from None
+    return stored, bilevel.load_checkpoint(out / report.CHECKPOINT)
+
+
+def _find_run(args: argparse.Namespace, target: Target) -> Path:
+    names = [bilevel.algorithm(args.algorithm).__name__] if args.algorithm else list(bilevel.algorithms())
+    places = [Path("runs") / f"{target.name}-{name}" for name in names]
+    found = [place for place in places if (place / report.REQUEST).exists()]
+    if len(found) > 1:
+        raise ValueError(f"--resume: there are several runs: {', '.join(map(str, found))}; say which with --out")
+    return found[0] if found else places[0]
+
+
+def _sha256(file: Path | None) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None else None

@@ -1,0 +1,331 @@
+"""The one entry point: check, resolve, drive, measure, return."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import implicit
+from bilevel.algorithms.base import Algorithm, BilevelState
+from bilevel.oracle import Oracle, new_counts
+from bilevel.problem import BilevelProblem
+from bilevel.solution import Accuracy, Solution
+from implicit import Run, SaveCheckpoint, SolveError, Status, tree
+from implicit.checkpoint import FORMAT, decode_method, encode_method
+from implicit.iterate import Best, Callback, StepInfo, iterate
+from implicit.tree import Tree
+
+_RENAMED = {
+    "maxiter": "max_steps",
+    "max_iter": "max_steps",
+    "n_steps": "max_steps",
+    "tol": "rtol (or atol)",
+    "gtol": "atol",
+    "timeout": "time_limit",
+    "callback": "callbacks=[...]",
+    "seed": "generator=torch.Generator().manual_seed(seed)",
+}
+
+
+def solve(
+    problem: BilevelProblem,
+    algorithm: Algorithm | None = None,
+    x0: Tree | None = None,
+    y0: Tree | None = None,
+    *,
+    max_steps: int | None = None,
+    time_limit: float | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    generator: torch.Generator | None = None,
+    callbacks: Iterable[Callback] = (),
+    checkpoint: dict[str, Any] | None = None,
+    metrics_every: int | None = None,
+    raise_on_failure: bool = True,
+    **unknown: Any,
+) -> Solution:
+    """Solve a bilevel problem.
+
+    Args:
+        problem: what to solve; it is validated at the start before the first step.
+        algorithm: how, such as ``ImplicitGradient()`` or ``Penalty()``.
+        x0, y0: where to start; they fix structure, shapes, dtype and device. Not modified.
+        max_steps: steps of the whole run, counting those before a resumption; None means the algorithm's own default.
+        time_limit: seconds of this call, without the final accuracy report.
+        rtol, atol: override the algorithm's tolerances on its stationarity measure.
+        generator: a CPU generator for everything random; one seeded with 0 by default. Its state is copied.
+        callbacks: called after every look at the state; ``Progress()``, ``SaveCheckpoint(path)``, or any function of a
+            ``StepInfo``; returning True stops the run.
+        checkpoint: resume this run, bitwise; x0, y0 and generator are refused then, algorithm may be left out.
+        metrics_every: evaluate the problem's metrics for the history at most every so many steps; None means at the
+            end only.
+        raise_on_failure: raise :class:`SolveError` (with ``.solution``) on a numerical failure instead of returning.
+
+    Returns:
+        The solution; budgets and interrupts do not raise. Where the objective of the run is known at every step
+        (ImplicitGradient on full data), a run that stops early returns its best point.
+
+    Raises:
+        TypeError, ValueError: for misuse, before the first step.
+        SolveError: for a numerical failure, or an exception inside an objective after the first step.
+    """
+    _refuse_unknown(unknown)
+    if not isinstance(problem, BilevelProblem):
+        raise TypeError(f"problem must be a bilevel.BilevelProblem, got {type(problem).__name__}")
+    listeners = list(callbacks)
+    _check_budgets(max_steps, time_limit)
+    if checkpoint is not None or any(isinstance(c, SaveCheckpoint) for c in listeners):
+        problem.require_resumable()
+    if checkpoint is not None:
+        if x0 is not None or y0 is not None or generator is not None:
+            raise ValueError("a checkpoint brings its own point and generator; leave out x0, y0 and generator")
+        method, run = _restore(problem, algorithm, checkpoint, rtol, atol)
+    else:
+        method, run = _begin(problem, algorithm, x0, y0, rtol, atol, generator, max_steps)
+    limit = max_steps if max_steps is not None else method.default_max_steps
+    if problem.metrics and metrics_every is not None:
+        listeners.insert(0, _Metrics(problem, run, metrics_every))
+    iterate(
+        method,
+        problem,
+        run,
+        max_steps=limit,
+        time_limit=time_limit,
+        callbacks=listeners,
+        capture=lambda r: _capture(method, r),
+        interruptible=True,
+    )
+    solution = _finish(problem, method, run)
+    if run.error is not None:
+        raise SolveError(
+            f"step {run.state.step + 1} raised {type(run.error).__name__}: {run.error}; .solution holds the point "
+            "before it",
+            solution,
+        ) from run.error
+    if solution.status.is_failure and raise_on_failure:
+        raise SolveError(f"{solution.status.name} after {solution.steps} steps: {solution.message}", solution)
+    return solution
+
+
+def _refuse_unknown(unknown: dict[str, Any]) -> None:
+    for name in unknown:
+        cure = f"; here it is called {_RENAMED[name]}" if name in _RENAMED else ""
+        raise TypeError(f"solve() has no argument {name!r}{cure}")
+
+
+def _check_budgets(max_steps: int | None, time_limit: float | None) -> None:
+    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 0):
+        raise ValueError(f"max_steps must be a non-negative integer or None, got {max_steps!r}")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit must be a positive number of seconds or None, got {time_limit!r}")
+
+
+def _begin(
+    problem: BilevelProblem,
+    algorithm: Algorithm | None,
+    x0: Tree | None,
+    y0: Tree | None,
+    rtol: float | None,
+    atol: float | None,
+    generator: torch.Generator | None,
+    max_steps: int | None,
+) -> tuple[Algorithm, Run[Any]]:
+    start = getattr(problem, "start", None)
+    if x0 is None and y0 is None and start is not None:
+        x0, y0 = start
+    if x0 is None or y0 is None:
+        raise TypeError(f"{'x0' if x0 is None else 'y0'} is missing: where should the run start?")
+    algorithm = _with_tolerances(_require_algorithm(algorithm), rtol, atol)
+    reason = algorithm.refuses(problem)
+    if reason is not None:
+        raise ValueError(reason)
+    problem.validate(x0, y0)
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator must live on the CPU, got {generator.device}; samples are moved where needed")
+    own = implicit.random.copy_generator(generator) if generator is not None else torch.Generator().manual_seed(0)
+    x0, y0 = tree.detach(x0), tree.detach(y0)
+    method = algorithm.resolve(problem, x0, y0, max_steps=max_steps)
+    return method, Run(method.init(problem, x0, y0, generator=own))
+
+
+def _require_algorithm(algorithm: Any) -> Algorithm:
+    if isinstance(algorithm, Algorithm):
+        return algorithm
+    if isinstance(algorithm, type) and issubclass(algorithm, Algorithm):
+        raise TypeError(f"algorithm must be an object, not the class: {algorithm.__name__}()")
+    raise TypeError(f"algorithm must be such as bilevel.ImplicitGradient(), got {algorithm!r}")
+
+
+def _with_tolerances(algorithm: Algorithm, rtol: float | None, atol: float | None) -> Algorithm:
+    if rtol is not None:
+        algorithm = replace(algorithm, rtol=rtol)
+    return replace(algorithm, atol=atol) if atol is not None else algorithm
+
+
+def _capture(method: Algorithm, run: Run[Any]) -> dict[str, Any]:
+    """The whole run as plain data."""
+    try:
+        encoded = encode_method(method)
+    except TypeError as error:  # rebuilt by hand: the user passes the algorithm again
+        encoded = {"class": None, "reason": str(error)}
+    x, y = run.state.x, run.state.y
+    return {
+        "format": FORMAT,
+        "method": encoded,
+        "name": method.name,
+        "state": run.state.state_dict(),
+        "start": [[leaf.detach().clone() for leaf in tree.leaves(t)] for t in (x, y)],
+        "structure": [str(tree.structure(t)) for t in (x, y)],
+        "skeleton": [_skeleton(x), _skeleton(y)],
+        "history": [dict(row) for row in run.history],
+        "seconds": run.seconds,
+        "best": {
+            "merit": run.best.merit,
+            "step": run.best.step,
+            "leaves": [leaf.clone() for leaf in tree.leaves(run.best.point)] if run.best.point is not None else None,
+        },
+    }
+
+
+def _skeleton(value: Tree) -> Any:
+    """The container structure as plain data: dicts, lists and tuples of leaves; None for anything else."""
+    if isinstance(value, torch.Tensor):
+        return "leaf"
+    if type(value) is dict and all(isinstance(k, str) for k in value):
+        return {k: _skeleton(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return ["list" if isinstance(value, list) else "tuple", [_skeleton(v) for v in value]]
+    return None
+
+
+def _rebuild(skeleton: Any, leaves: list[torch.Tensor]) -> Tree:
+    if skeleton == "leaf":
+        return leaves.pop(0)
+    if isinstance(skeleton, dict):
+        return {k: _rebuild(v, leaves) for k, v in skeleton.items()}
+    if isinstance(skeleton, list):
+        parts = [_rebuild(v, leaves) for v in skeleton[1]]
+        return parts if skeleton[0] == "list" else tuple(parts)
+    raise ValueError("the variables use containers that a checkpoint cannot rebuild; use dicts, lists and tuples")
+
+
+def _restore(
+    problem: BilevelProblem,
+    algorithm: Algorithm | None,
+    checkpoint: dict[str, Any],
+    rtol: float | None,
+    atol: float | None,
+) -> tuple[Algorithm, Run[Any]]:
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError("checkpoint is not one of this version; get it from bilevel.load_checkpoint(path)")
+    if algorithm is None:
+        if checkpoint["method"].get("class") is None:
+            raise ValueError(f"pass the algorithm as well: {checkpoint['method']['reason']}")
+        method: Algorithm = decode_method(checkpoint["method"])
+    else:
+        given = _require_algorithm(algorithm)
+        if given.name != checkpoint["name"]:
+            raise ValueError(f"the checkpoint is a run of {checkpoint['name']}, not of {given.name}")
+        # What was resolved then holds now; the caller's object serves where it could not be stored.
+        stored = checkpoint["method"]
+        method = decode_method(stored) if stored.get("class") is not None else given
+    method = _with_tolerances(method, rtol, atol)
+    x, y = (_rebuild(s, list(leaves)) for s, leaves in zip(checkpoint["skeleton"], checkpoint["start"], strict=True))
+    problem.validate(x, y)
+    unresolved = method if checkpoint["method"].get("class") is not None else method.resolve(problem, x, y)
+    state: BilevelState = unresolved.init(problem, x, y, generator=torch.Generator())
+    state.load_state_dict(checkpoint["state"])
+    best = checkpoint["best"]
+    run = Run(state, history=[dict(row) for row in checkpoint["history"]], seconds=checkpoint["seconds"])
+    if best["leaves"] is not None:
+        spec = tree.structure(method.point(state))
+        run.best = Best(best["merit"], best["step"], tree.unflatten(best["leaves"], spec))
+    return unresolved, run
+
+
+class _Metrics:
+    """Adds the problem's metrics to the history."""
+
+    def __init__(self, problem: BilevelProblem, run: Run[Any], every: int) -> None:
+        self.problem, self.run, self.every, self.last = problem, run, every, -math.inf
+
+    def __call__(self, info: StepInfo) -> None:
+        if info.step - self.last >= self.every:
+            self.last = info.step
+            found = evaluate_metrics(self.problem, info.state.x, info.state.y)
+            self.run.history[-1].update(found)
+            info.values.update(found)
+
+
+def evaluate_metrics(problem: BilevelProblem, x: Tree, y: Tree) -> dict[str, float]:
+    """Every metric at (x, y), as floats."""
+    with torch.no_grad():
+        return {name: float(metric(x, y)) for name, metric in problem.metrics.items()}
+
+
+def _finish(problem: BilevelProblem, method: Algorithm, run: Run[Any]) -> Solution:
+    state, status = run.state, run.status
+    captured = _capture(method, run) if problem.resumable else {}
+    early = status in (Status.STEP_LIMIT, Status.TIME_LIMIT, Status.STOPPED, Status.NONFINITE)
+    merit = method.merit(problem)
+    last = run.history[-1].get(merit, math.inf) if merit and run.history else math.inf
+    if early and run.best.point is not None and run.best.merit < last:
+        best_x, best_y = run.best.point
+        tree.copy_(state.x, best_x)
+        tree.copy_(state.y, best_y)
+    try:
+        accuracy, status, message = method.assess(problem, state, status)
+    except Exception as error:  # a report must never lose the run
+        accuracy, message = Accuracy(notes=(f"not measured: {type(error).__name__}: {error}",)), status.value
+        if status is Status.CONVERGED:
+            status, message = Status.STALLED, f"the accuracy report failed, so convergence is not confirmed: {error}"
+    if run.error is not None:
+        status, message = Status.STOPPED, f"an objective raised {type(run.error).__name__}: {run.error}"
+    values, aux = _final_values(problem, state.x, state.y)
+    return Solution(
+        x=tree.clone(state.x),
+        y=tree.clone(state.y),
+        status=status,
+        message=message,
+        algorithm=method,
+        accuracy=accuracy,
+        counts=dict(state.counts),
+        history=run.history,
+        steps=state.step,
+        seconds=run.seconds,
+        upper_value=values["upper"],
+        lower_value=values["lower"],
+        metrics=_safe_metrics(problem, state.x, state.y),
+        aux=aux,
+        checkpoint=captured,
+    )
+
+
+def _safe_metrics(problem: BilevelProblem, x: Tree, y: Tree) -> dict[str, float]:
+    found = {}
+    for name in problem.metrics:
+        try:
+            found.update(evaluate_metrics(replace(problem, metrics={name: problem.metrics[name]}), x, y))
+        except Exception:
+            found[name] = math.nan
+    return found
+
+
+def _final_values(problem: BilevelProblem, x: Tree, y: Tree) -> tuple[dict[str, float], dict[str, Any]]:
+    """Objectives on all data, and what they returned beside."""
+    oracle = Oracle.full(problem, new_counts())
+    values, aux = {"upper": math.nan, "lower": math.nan}, {}
+    for level in values:
+        try:
+            with torch.no_grad():
+                values[level] = float(getattr(oracle, level)(x, y))
+                batch = getattr(oracle, f"{level}_batch")
+                function = getattr(problem, level)
+                found = function(x, y) if batch is None else function(x, y, batch=batch)
+                if isinstance(found, tuple):
+                    aux[level] = found[1]
+        except Exception:
+            continue
+    return values, aux

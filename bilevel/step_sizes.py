@@ -1,0 +1,76 @@
+"""Step-length rules that need no curvature of the hyper-objective."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from implicit import State, tree
+from implicit.tree import Tree
+
+
+@dataclass(kw_only=True)
+class PathState(State):
+    """``length`` is the current step length; ``anchor`` the point and ``path`` the distance since the last decision."""
+
+    length: Tensor
+    anchor: Tree
+    path: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathEfficiency:
+    """Adapts the length of normalised steps by how straight the path is.
+
+    Every ``window`` steps the distance travelled is compared with the length of the path. A wandering path
+    (ratio below ``low``) halves the step length, a straight one (above ``high``) doubles it. Everything stays on the
+    device.
+
+    Args:
+        initial: first step length; None means ``0.01 (1 + ||x0||)``.
+        window: steps between decisions; None means 20 on full data, 100 on minibatches, whose random walk
+            momentum hides at shorter distances.
+        low, high: ratios at which the length is halved or doubled.
+    """
+
+    initial: float | None = None
+    window: int | None = None
+    low: float = 0.3
+    high: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.initial is not None and not self.initial > 0:
+            raise ValueError(f"initial must be positive or None, got {self.initial}")
+        if self.window is not None and self.window < 2:
+            raise ValueError(f"window must be at least 2 or None, got {self.window}")
+        if not 0 < self.low < self.high < 1:
+            raise ValueError(f"low and high must satisfy 0 < low < high < 1, got {self.low} and {self.high}")
+
+    def resolve(self, x: Tree, stochastic: bool) -> "PathEfficiency":
+        """The same rule without None."""
+        initial = 0.01 * (1.0 + float(tree.norm(x))) if self.initial is None else self.initial
+        window = (100 if stochastic else 20) if self.window is None else self.window
+        return PathEfficiency(initial=initial, window=window, low=self.low, high=self.high)
+
+    def init(self, x: Tree) -> PathState:
+        """A state at the starting point."""
+        zero = tree.norm(x).detach() * 0.0
+        return PathState(length=zero + (self.initial or 0.0), anchor=tree.clone(x), path=zero.clone())
+
+    def update(self, state: PathState, x: Tree, moved: Tensor, lost: Tensor | None = None) -> None:
+        """Record a step of length ``moved`` that ended in x; decide at the end of a window.
+
+        Where ``lost`` is true the length is halved however straight the path is: a lower level that has lost track
+        of x points straight into the void.
+        """
+        state.path = state.path + moved
+        state.step += 1
+        if self.window is None or state.step % self.window:
+            return
+        ratio = tree.norm(tree.sub(x, state.anchor)) / torch.where(state.path > 0, state.path, 1.0)
+        factor = torch.where(ratio < self.low, 0.5, torch.where(ratio > self.high, 2.0, 1.0)).to(state.length)
+        if lost is not None:
+            factor = torch.where(lost, 0.5, factor)
+        state.length = state.length * factor
+        state.anchor = tree.clone(x)
+        state.path = torch.zeros_like(state.path)

@@ -1,0 +1,195 @@
+"""What the command line can solve: a registered case, or a problem in a file of the user's."""
+
+import contextlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bilevel.problem import BilevelProblem
+from bilevel.settings import Slot, function_slots
+from bilevel.solution import Solution
+from implicit.tree import Tree
+
+
+class TargetError(ValueError):
+    """A file, or a name in it, that cannot be solved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A problem ready to be solved.
+
+    Attributes:
+        problem, start: the declaration, and ``(x0, y0)``.
+        settings: what it was built with.
+        max_steps: the step budget it suggests.
+        report: writes what is special to it into a directory.
+        exact: compares a solution with the exact answer, where one is known.
+        source: where the problem or its data come from.
+    """
+
+    problem: BilevelProblem
+    start: tuple[Tree, Tree]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    max_steps: int | None = None
+    report: Callable[[Solution, Path], Any] | None = None
+    exact: Callable[[Solution], dict[str, float]] | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Something that builds a :class:`Job` from settings.
+
+    Attributes:
+        name: for reports and the default output directory.
+        identity: what must be the same to resume.
+        label: for messages.
+        slots: the settings there are.
+        build: called with settings.
+        file: the user's file, or None.
+    """
+
+    name: str
+    identity: str
+    label: str
+    slots: Mapping[str, Slot]
+    build: Callable[..., Job]
+    file: Path | None = None
+
+
+def load_target(text: str) -> Target:
+    """The target ``FILE.py:NAME``.
+
+    NAME is a :class:`BilevelProblem`, or a function without required parameters that returns one, alone or as
+    ``(problem, x0, y0)``; its keyword parameters are settings. The start is the returned one, or ``problem.start``, or
+    the variables ``x0`` and ``y0`` of the file.
+
+    Raises:
+        TargetError: if the file or the name does not exist, the file fails, or NAME is something else.
+    """
+    place, _, name = text.rpartition(":") if not text.endswith(".py") else (text, "", "")
+    file = Path(place)
+    if not place or file.suffix != ".py":
+        raise TargetError(f"{text!r} is not of the form FILE.py:NAME, such as my_problem.py:problem")
+    if not file.is_file():
+        raise TargetError(f"there is no file {place}; the current folder is {Path.cwd()}")
+    file = file.resolve()
+    module = _import(file)
+    candidates = [key for key, value in vars(module).items() if _is_candidate(value, module)]
+    listing = (
+        f"it has: {', '.join(candidates)}" if candidates else "it has neither problems nor functions that make one"
+    )
+    if not name or not hasattr(module, name):
+        reason = f"{place} has no {name!r}" if name else f"which problem of {place}? Write {place}:NAME"
+        raise TargetError(f"{reason}; {listing}")
+    found = getattr(module, name)
+    if not isinstance(found, BilevelProblem) and not callable(found):
+        raise TargetError(
+            f"{place}:{name} must be a bilevel.BilevelProblem or a function that returns one, got "
+            f"{type(found).__name__}; {listing}"
+        )
+    slots = {}
+    if not isinstance(found, BilevelProblem):
+        required = _required(found)
+        if required:
+            raise TargetError(
+                f"{place}:{name} must be callable without arguments, but it requires {', '.join(required)}; give "
+                f"defaults (they become settings), or name something else; {listing}"
+            )
+        slots = function_slots(found)
+
+    def build(**settings: Any) -> Job:
+        with _blame(file, f"{place}:{name} failed"):
+            made = found if isinstance(found, BilevelProblem) else found(**settings)
+        given = {k: settings.get(k, slot.default) for k, slot in slots.items()}
+        return _job(made, module, f"{place}:{name}", given)
+
+    return Target(
+        name=f"{file.stem}-{name}",
+        identity=f"{file}:{name}",
+        label=f"{place}:{name}",
+        slots=slots,
+        build=build,
+        file=file,
+    )
+
+
+def _job(made: Any, module: ModuleType, label: str, settings: dict[str, Any]) -> Job:
+    start: Any = None
+    if isinstance(made, tuple) and len(made) == 3:
+        made, *start = made
+    if not isinstance(made, BilevelProblem):
+        raise TargetError(
+            f"{label} must return a bilevel.BilevelProblem or (problem, x0, y0), got {type(made).__name__}"
+        )
+    start = start or getattr(made, "start", None)
+    if start is None:
+        missing = [name for name in ("x0", "y0") if not hasattr(module, name)]
+        if missing:
+            raise TargetError(
+                f"{label}: where should the run start? The file has no variable {' and no '.join(missing)}; define "
+                "x0 and y0 in it, or let the function return (problem, x0, y0)"
+            )
+        start = (vars(module)["x0"], vars(module)["y0"])
+    return Job(problem=made, start=(start[0], start[1]), settings=settings)
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """Parameters without a default; none where the signature is hidden."""
+    try:
+        parameters = inspect.signature(function).parameters.items()
+    except (TypeError, ValueError):
+        return []
+    return [n for n, p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _is_candidate(value: Any, module: ModuleType) -> bool:
+    own = inspect.isfunction(value) and value.__module__ == module.__name__
+    return isinstance(value, BilevelProblem) or (own and not _required(value))
+
+
+def _import(file: Path) -> ModuleType:
+    """The file as a module, its folder first on the path meanwhile; under a name that hides no package."""
+    name = f"_bilevel_user_file_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look their module up
+    sys.path.insert(0, str(file.parent))
+    try:
+        with _blame(file, f"{file.name} cannot be imported"):
+            spec.loader.exec_module(module)
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(file.parent))
+    return module
+
+
+@contextlib.contextmanager
+def _blame(file: Path, what: str) -> Iterator[None]:
+    """Errors of the user's own code as one line that says where."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{what}: {describe_error(error, file)}") from error
+
+
+def describe_error(error: BaseException, file: Path | None) -> str:
+    """Type and message of ``error``, after the deepest line of ``file`` that it passed through."""
+    text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {text}"
+    line, cause = None, error
+    while cause is not None:
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if file is not None and f.filename == str(file)]
+        line = frames[-1].lineno if frames else line
+        cause = cause.__cause__
+    return f"{file}:{line}: {text}" if line is not None else text

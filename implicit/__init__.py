@@ -1,0 +1,96 @@
+"""Implicit differentiation and curvature products for PyTorch: the engine of ``bilevel``.
+
+Objects here know nothing about bilevel problems: operators, linear solvers, minimizers, implicit gradients, and the
+driver with its checkpoints that every method of the library runs on.
+"""
+
+from implicit.checkpoint import SaveCheckpoint as SaveCheckpoint
+from implicit.checkpoint import load_checkpoint as load_checkpoint
+from implicit.checkpoint import save_checkpoint as save_checkpoint
+from implicit.curvature import Spectrum as Spectrum
+from implicit.curvature import lanczos as lanczos
+from implicit.derivatives import GradientGraph as GradientGraph
+from implicit.derivatives import hvp as hvp
+from implicit.derivatives import joint_product as joint_product
+from implicit.derivatives import mixed_vjp as mixed_vjp
+from implicit.hypergradient import Hypergradient as Hypergradient
+from implicit.hypergradient import HypergradientAccuracy as HypergradientAccuracy
+from implicit.hypergradient import hypergradient as hypergradient
+from implicit.iterate import IterativeMethod as IterativeMethod
+from implicit.iterate import Run as Run
+from implicit.iterate import StepInfo as StepInfo
+from implicit.iterate import iterate as iterate
+from implicit.linear_solvers import CG as CG
+from implicit.linear_solvers import LU as LU
+from implicit.linear_solvers import Cholesky as Cholesky
+from implicit.linear_solvers import LinearSolution as LinearSolution
+from implicit.linear_solvers import LinearSolver as LinearSolver
+from implicit.linear_solvers import Preconditioner as Preconditioner
+from implicit.minimizers import LBFGS as LBFGS
+from implicit.minimizers import Minimizer as Minimizer
+from implicit.minimizers import Minimum as Minimum
+from implicit.minimizers import NewtonCG as NewtonCG
+from implicit.minimizers import SpectralProjectedGradient as SpectralProjectedGradient
+from implicit.minimizers import minimize as minimize
+from implicit.operators import Dense as Dense
+from implicit.operators import GradientDifference as GradientDifference
+from implicit.operators import Hessian as Hessian
+from implicit.operators import LinearOperator as LinearOperator
+from implicit.operators import Shifted as Shifted
+from implicit.preconditioners import Jacobi as Jacobi
+from implicit.progress import Progress as Progress
+from implicit.random import paired as paired
+from implicit.root import custom_argmin as custom_argmin
+from implicit.root import custom_root as custom_root
+from implicit.state import State as State
+from implicit.status import ConvergenceWarning as ConvergenceWarning
+from implicit.status import SolveError as SolveError
+from implicit.status import Status as Status
+
+ENGINE_OF = "bilevel"
+"""Marks this package as ours: an unrelated distribution on the package index is also called ``implicit``."""
+
+__all__ = [
+    "CG",
+    "LBFGS",
+    "LU",
+    "Cholesky",
+    "ConvergenceWarning",
+    "Dense",
+    "GradientDifference",
+    "GradientGraph",
+    "Hessian",
+    "Hypergradient",
+    "HypergradientAccuracy",
+    "IterativeMethod",
+    "Jacobi",
+    "LinearOperator",
+    "LinearSolution",
+    "LinearSolver",
+    "Minimizer",
+    "Minimum",
+    "NewtonCG",
+    "Preconditioner",
+    "Progress",
+    "Run",
+    "SaveCheckpoint",
+    "Shifted",
+    "SolveError",
+    "SpectralProjectedGradient",
+    "Spectrum",
+    "State",
+    "Status",
+    "StepInfo",
+    "custom_argmin",
+    "custom_root",
+    "hvp",
+    "hypergradient",
+    "iterate",
+    "joint_product",
+    "lanczos",
+    "load_checkpoint",
+    "minimize",
+    "mixed_vjp",
+    "paired",
+    "save_checkpoint",
+]

@@ -1,0 +1,32 @@
+"""Test problems with known answers, and real-data problems, as public objects."""
+
+from problems import box as box
+from problems import hyper_cleaning as hyper_cleaning
+from problems import logistic as logistic
+from problems import quadratic as quadratic
+from problems import ridge as ridge
+from problems.case import Case as Case
+from problems.case import OracleCounter as OracleCounter
+from problems.case import Report as Report
+from problems.datasets import Dataset as Dataset
+from problems.datasets import MissingDataError as MissingDataError
+from problems.registry import Entry as Entry
+from problems.registry import case as case
+from problems.registry import cases as cases
+from problems.registry import entries as entries
+from problems.registry import entry as entry
+from problems.registry import register as register
+
+__all__ = [
+    "Case",
+    "Dataset",
+    "Entry",
+    "MissingDataError",
+    "OracleCounter",
+    "Report",
+    "case",
+    "cases",
+    "entries",
+    "entry",
+    "register",
+]

@@ -1,0 +1,52 @@
+"""A scalar problem with sets at both levels and a closed-form answer."""
+
+import torch
+from torch import Tensor
+
+from bilevel import BilevelProblem
+from constrained import Box
+from problems.case import Case, OracleCounter
+from problems.registry import register
+
+
+def _build(r: float, upper_bound: float, dtype: torch.dtype, device: str) -> Case:
+    def upper(x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (y - 2.0) ** 2 + 0.5 * r * x**2
+
+    def lower(x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (y - x) ** 2
+
+    # y* = clip(x, -1, 1); on [-1, 1] F = (x - 2)²/2 + r x²/2, and beyond 1 F grows.
+    inner = min(2.0 / (1.0 + r), 1.0)
+    best = min(inner, upper_bound)
+    x_star = torch.tensor(best, dtype=dtype, device=device)
+    counter = OracleCounter()
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return Case(
+        name="box",
+        problem=BilevelProblem(
+            counter.watch("upper", upper),
+            counter.watch("lower", lower),
+            upper_set=Box(-3.0, upper_bound),
+            lower_set=Box(-1.0, 1.0),
+            name="box",
+        ),
+        start=(zero, zero.clone()),
+        source="closed form; the penalised problem has the minimizer 2 / (r + 2 / (1 + s)) with s = 1 / penalty",
+        x_star=x_star,
+        y_star=x_star.clone(),
+        upper_star=0.5 * (best - 2.0) ** 2 + 0.5 * r * best**2,
+        counter=counter,
+    )
+
+
+@register("box", "scalar, boxes at both levels, solution inside", "exact", "upper-set", "lower-set")
+def box(*, r: float = 2.0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Case:
+    """g = (y - x)²/2 on [-1, 1], f = (y - 2)²/2 + r x²/2, x in [-3, 3]: x* = 2 / (1 + r)."""
+    return _build(r, 3.0, dtype, device)
+
+
+@register("box_active", "scalar, boxes at both levels, upper bound active", "exact", "upper-set", "lower-set")
+def box_active(*, bound: float = 0.5, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Case:
+    """The same with x at most 0.5: the bound is active at the solution."""
+    return _build(2.0, bound, dtype, device)

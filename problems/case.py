@@ -1,0 +1,98 @@
+"""A test problem as a public object: declaration, start, exact answer where one is known, and who asks what how often."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bilevel import BilevelProblem, Solution
+from implicit import tree
+from implicit.tree import Tree
+
+
+@dataclass
+class OracleCounter:
+    """How often the objectives of a case were called, counted at the functions themselves."""
+
+    upper: int = 0
+    lower: int = 0
+
+    def watch(self, level: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, counting its calls under ``level``."""
+
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            setattr(self, level, getattr(self, level) + 1)
+            return function(*args, **kwargs)
+
+        return counted
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a case adds to a run: a text to print, numbers for ``result.json``, and the files it wrote."""
+
+    text: str
+    metrics: dict[str, float]
+    files: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A problem to run an algorithm on.
+
+    Attributes:
+        name: as in the registry.
+        problem: the declaration; its objectives count their calls in ``counter``.
+        start: ``(x0, y0)``.
+        source: where the problem or its data come from.
+        tags: such as ``exact`` (the answer is known), ``real-data``, ``set``, ``pytree``.
+        x_star, y_star: the solution, or None.
+        upper_star: the optimal upper value, or None.
+        max_steps: the step budget that ``bilevel run`` uses; None means the algorithm's own.
+        report: called with the solution and a directory after a run.
+        settings: the parameters the case was built with.
+        counter: calls of both objectives.
+    """
+
+    name: str
+    problem: BilevelProblem
+    start: tuple[Tree, Tree]
+    source: str
+    tags: frozenset[str] = frozenset()
+    x_star: Tree = None
+    y_star: Tree = None
+    upper_star: float | None = None
+    max_steps: int | None = None
+    report: Callable[[Solution, Path], Report] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    counter: OracleCounter = field(default_factory=OracleCounter)
+
+    def distance(self, solution: Solution) -> float:
+        """``||x - x*||``.
+
+        Raises:
+            ValueError: if the case has no exact answer.
+        """
+        if self.x_star is None:
+            raise ValueError(f"case {self.name} has no exact answer")
+        return float(tree.norm(tree.sub(solution.x, self.x_star)))
+
+    def error(self, solution: Solution) -> float:
+        """``||x - x*|| / ||x*||``, or the absolute distance where x* is zero."""
+        size = float(tree.norm(self.x_star)) if self.x_star is not None else 0.0
+        return self.distance(solution) / (size if size > 0 else 1.0)
+
+    def check(self, solution: Solution, rtol: float = 1e-6) -> None:
+        """Compare with the exact answer.
+
+        Raises:
+            AssertionError: if the relative error of x exceeds ``rtol``.
+        """
+        error = self.error(solution)
+        if not error <= rtol:
+            raise AssertionError(
+                f"{self.name}: relative error of x is {error:.3g}, above {rtol:.3g} "
+                f"(status {solution.status.name}, {solution.steps} steps)"
+            )
