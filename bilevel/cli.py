@@ -272,10 +272,13 @@ class _Opening:
     def start(self, info: StepInfo) -> None:
         """Move an earlier run aside, keep the request, and say what is about to be solved."""
         request = self.request
-        moved = None if self.args.resume else report.move_aside(request.out)
+        try:
+            moved = None if self.args.resume else report.move_aside(request.out)
+            report.write_json(request.out / report.REQUEST, request.record())
+        except OSError as error:
+            raise Misuse(f"--out {request.out} cannot be used: {error}") from error
         if moved is not None:
             print(f"bilevel: note: {request.out} held an earlier run, which is now {moved}", file=sys.stderr)
-        report.write_json(request.out / report.REQUEST, request.record())
         if not self.args.quiet:
             print(report.header(request.job.problem, info.state.x, info.state.y, request.algorithm.name))
             if self.args.resume:

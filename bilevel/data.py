@@ -91,13 +91,12 @@ class Batches:
             self.rows = len(self.dataset) if hasattr(self.dataset, "__len__") else None
             self.batch_size = getattr(data, "batch_size", None)
             return
-        own = tree.leaves(data) if not hasattr(data, "__getitem__") or isinstance(data, dict | list | tuple | Tensor) else None
-        if own is not None and own and all(isinstance(leaf, Tensor) for leaf in own):
+        if _is_tensor_tree(data):
             self.dataset = None
             self._full = data
             self.rows = _common_rows(data)
             _refuse_nan(data)
-        elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and own is None:
+        elif _is_dataset(data):
             self.dataset, self.rows = data, len(data)
         else:
             raise TypeError(
@@ -178,6 +177,17 @@ class Batches:
 
 def _is_loader(data: Any) -> bool:
     return hasattr(data, "__iter__") and hasattr(data, "dataset") and hasattr(data, "batch_size")
+
+
+def _is_tensor_tree(data: Any) -> bool:
+    leaves = tree.leaves(data)
+    return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def _is_dataset(data: Any) -> bool:
+    # Strings and numpy arrays can be indexed too, but are no data sets.
+    indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return indexable and not isinstance(data, str | bytes | dict | list | tuple) and not hasattr(data, "__array__")
 
 
 def _common_rows(data: Tree) -> int:

@@ -74,6 +74,7 @@ def draw(path: Path, curves: Sequence[Curve], title: str) -> Path:
                 axes[row][0].set_yscale("log")
             axes[row][0].set_ylabel(name)
         axes[1][0].set_xlabel("step")
+        axes[1][0].xaxis.get_major_locator().set_params(integer=True)
         axes[1][1].set_xlabel("seconds")
         if len(curves) > 1 or curves[0].optimum is not None:
             handles, names = axes[0][0].get_legend_handles_labels()

@@ -130,7 +130,7 @@ class BilevelProblem:
         data: Batches | None = getattr(self, f"{level}_data")
         value = evaluate(getattr(self, level), level, x, y, _first_batch(data) if data is not None else None)
         if not bool(torch.isfinite(value)):
-            raise ValueError(f"{level}(x0, y0) is {float(value)}; start where both objectives are finite")
+            raise ValueError(f"{level}(x0, y0) is {float(value.detach())}; start where both objectives are finite")
         if not value.requires_grad:
             return [False] * len(tree.leaves(x)), [False] * len(tree.leaves(y))
         own_x, own_y = tree.leaves(x), tree.leaves(y)

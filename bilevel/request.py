@@ -101,7 +101,11 @@ def prepare(args: argparse.Namespace, target: Target, stored: dict[str, Any] | N
     }
     if budgets["max_steps"] is None:
         budgets["max_steps"] = job.max_steps
+    if budgets["checkpoint_every"] is not None and budgets["checkpoint_every"] < 1:
+        raise SettingError(f"--checkpoint-every {budgets['checkpoint_every']}: must be at least 1 step")
     seed = args.seed if args.seed is not None else stored["identity"]["seed"] if stored else 0
+    if not 0 <= seed < 2**63:
+        raise SettingError(f"--seed {seed}: must lie between 0 and 2^63 - 1")
     out = args.out or Path("runs") / f"{target.name}-{algorithm.name}"
     request = Request(
         target=target,

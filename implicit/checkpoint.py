@@ -56,9 +56,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             if found != FORMAT:
                 raise ValueError(f"{candidate} is no checkpoint of this version (format {found}, expected {FORMAT})")
             if faults:
-                warnings.warn(
-                    f"{'; '.join(faults)}; resuming from {candidate.name}", ConvergenceWarning, stacklevel=2
-                )
+                warnings.warn(f"{'; '.join(faults)}; resuming from {candidate.name}", ConvergenceWarning, stacklevel=2)
             return checkpoint
         faults.append(f"{candidate} is damaged ({fault})")
     if faults:

@@ -32,7 +32,8 @@ class State:
 
     Fields may hold tensors, pytrees of tensors, numbers, strings, lists of numbers, a ``torch.Generator``, nested
     states, and objects with ``state_dict``. A generator belongs to exactly one field of one state: two references
-    would become two generators after a load.
+    would become two generators after a load. A field declared with ``metadata={"transient": True}`` is not saved, and
+    is None after a load.
 
     Attributes:
         step: completed steps.
@@ -44,7 +45,7 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data that ``torch.load(weights_only=True)`` accepts."""
-        return {f.name: _encode(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: _encode(getattr(self, f.name)) for f in fields(self) if not f.metadata.get("transient")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore in place; the state must have been allocated for the same problem and method.
@@ -59,6 +60,9 @@ class State:
 
 def _load(state: State, saved: dict[str, Any], written: set[int]) -> None:
     for f in fields(state):
+        if f.metadata.get("transient"):
+            setattr(state, f.name, None)
+            continue
         if f.name not in saved:
             raise ValueError(f"the checkpoint has no field {f.name!r} of {type(state).__name__}")
         setattr(state, f.name, _decode(getattr(state, f.name), saved[f.name], f.name, written))
@@ -71,6 +75,11 @@ def _is_plain(value: Any) -> bool:
     return all(isinstance(v, int | float) for v in values)
 
 
+def _number(value: Any) -> Any:
+    # numpy's float64 is a float, but weights_only loading refuses it.
+    return float(value) if isinstance(value, float) else value
+
+
 def _encode(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
@@ -78,12 +87,10 @@ def _encode(value: Any) -> Any:
         return value.get_state()
     if isinstance(value, Stateful):
         return value.state_dict()
-    if isinstance(value, float):  # numpy's float64 is one, and weights_only loading refuses it
-        return float(value)
-    if value is None or isinstance(value, bool | int | str):
-        return value
+    if value is None or isinstance(value, bool | int | float | str):
+        return _number(value)
     if _is_plain(value):
-        return value.copy()
+        return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else [_number(v) for v in value]
     return [leaf.detach().clone() for leaf in tree.leaves(value)]
 
 
@@ -103,8 +110,10 @@ def _decode(current: Any, saved: Any, name: str, written: set[int]) -> Any:
         return saved.copy()
     own, spec = tree.flatten(current)
     given = [saved] if isinstance(saved, Tensor) else saved
-    if not isinstance(given, list) or len(own) != len(given) or any(
-        a.shape != b.shape for a, b in zip(own, given, strict=True)
+    if (
+        not isinstance(given, list)
+        or len(own) != len(given)
+        or any(a.shape != b.shape for a, b in zip(own, given, strict=True))
     ):
         shapes = [tuple(t.shape) for t in given] if isinstance(given, list) else given
         raise ValueError(f"field {name!r} of the checkpoint holds {shapes}, this problem has {tree.describe(current)}")

@@ -149,9 +149,9 @@ def randn_like(tree: Tree, generator: torch.Generator | None = None) -> Tree:
     device = generator.device if generator is not None else None
 
     def draw(leaf: Tensor) -> Tensor:
-        return torch.randn(
-            leaf.shape, generator=generator, dtype=leaf.dtype, device=device or leaf.device
-        ).to(leaf.device)
+        return torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype, device=device or leaf.device).to(
+            leaf.device
+        )
 
     return map(draw, tree)
 

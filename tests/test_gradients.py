@@ -1,167 +1,249 @@
-"""Implicit gradients and second-order products against dense linear algebra, finite differences and closed forms."""
+"""Hypergradients and their accuracy report against dense linear algebra and finite differences."""
 
-import functools
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, jacrev
-from torch.nn.functional import cross_entropy
 
 import implicit
-from implicit import CG, LU, Cholesky, ConvergenceWarning, GradientDifference, GradientGraph, NewtonCG, SolveError, tree
+from implicit import CG, Cholesky, ConvergenceWarning, GradientGraph, tree
 from implicit.linear_solvers import LinearSolver
 from implicit.tree import Tree
-
-Objective = Callable[[Tree, Tree], Tensor]
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
-class Flat:
-    """A function of two trees over ravelled vectors, with its dense derivatives."""
-
-    def __init__(self, fn: Objective, x: Tree, y: Tree) -> None:
-        self.fn, self.like = fn, (x, y)
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.fn(tree.unravel(x, self.like[0]), tree.unravel(y, self.like[1]))
-
-    def gradient(self, x: Tensor, y: Tensor, level: int) -> Tensor:
-        return grad(self, argnums=level)(x, y)
-
-    def hessian(self, x: Tensor, y: Tensor) -> Tensor:  # (m, m)
-        return jacrev(grad(self, argnums=1), argnums=1)(x, y)
-
-    def mixed(self, x: Tensor, y: Tensor) -> Tensor:  # (m, n): row i is the gradient in x of dg/dy_i
-        return jacrev(grad(self, argnums=1), argnums=0)(x, y)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A bilevel problem at a point: x arbitrary, y the lower solution to rounding."""
-
-    upper: Objective
-    lower: Objective
-    x: Tree
-    y: Tree
-
-    @property
-    def flat(self) -> tuple[Flat, Flat, Tensor, Tensor]:
-        f, g = Flat(self.upper, self.x, self.y), Flat(self.lower, self.x, self.y)
-        return f, g, tree.ravel(self.x), tree.ravel(self.y)
-
-    def dense(self, y: Tree | None = None) -> Tensor:
-        """The implicit hypergradient by dense matrices."""
-        f, g, x, best = self.flat
-        at = best if y is None else tree.ravel(y)
-        adjoint = torch.linalg.solve(g.hessian(x, at), f.gradient(x, at, 1))
-        return f.gradient(x, at, 0) - g.mixed(x, at).T @ adjoint
-
-    def solved(self, x: Tensor) -> Tensor:
-        """The lower solution at another x by dense Newton steps from y."""
-        _, g, _, y = self.flat
-        for _ in range(6):
-            y = y - torch.linalg.solve(g.hessian(x, y), g.gradient(x, y, 1))
-        return y
-
-    def differences(self, width: float = 1e-4) -> Tensor:
-        """Central differences of F(x) = f(x, y*(x)) with the lower level solved anew."""
-        f, _, x, _ = self.flat
-        steps = width * torch.eye(len(x))
-        values = [f(x + s, self.solved(x + s)) - f(x - s, self.solved(x - s)) for s in steps]
-        return torch.stack(values) / (2 * width)
-
-
-def settle(upper: Objective, lower: Objective, x: Tree, y: Tree) -> Setting:
-    """Solve the lower level to rounding: Newton-CG for the way, dense Newton steps for the last digits."""
-    rough = implicit.minimize(lambda q: lower(x, q), y, NewtonCG(rtol=1e-9))
-    setting = Setting(upper, lower, x, rough.point)
-    done = Setting(upper, lower, x, tree.unravel(setting.solved(tree.ravel(x)), y))
-    _, g, at, point = done.flat
-    assert float(g.gradient(at, point, 1).norm()) < 1e-12
-    assert float(torch.linalg.eigvalsh(g.hessian(at, point))[0]) > 0
-    return done
-
-
-def condition(setting: Setting) -> float:
-    _, g, x, y = setting.flat
-    eigenvalues = torch.linalg.eigvalsh(g.hessian(x, y))
-    return float(eigenvalues[-1] / eigenvalues[0])
-
-
-def ridge() -> Setting:
-    """One penalty per feature, features on scales from 1 to 1/300."""
-    scales = torch.logspace(0, -2.5, 25)
-    train, held = normal(1, 60, 25) * scales, normal(2, 40, 25) * scales
-    target, held_target = train @ (normal(3, 25) / scales) + 0.3 * normal(4, 60), held @ (normal(3, 25) / scales)
-
-    def upper(x: Tree, w: Tree) -> Tensor:
-        return 0.5 * ((held @ w - held_target) ** 2).mean() + 0.01 * (x**2).sum()
-
-    def lower(x: Tree, w: Tree) -> Tensor:
-        return 0.5 * ((train @ w - target) ** 2).mean() + 0.5 * (torch.exp(x) * w**2).sum()
-
-    return settle(upper, lower, -9 + 0.3 * normal(5, 25), torch.zeros(25))
-
-
-def logistic() -> Setting:
-    """Three classes, a log-penalty per feature and one for the intercept; the trees of x and y have keys in common."""
-    train, held = normal(6, 80, 6), normal(7, 50, 6)
-    truth = normal(8, 6, 3)
-    labels, held_labels = ((part @ truth + normal(9, len(part), 3)).argmax(dim=1) for part in (train, held))
-
-    def upper(x: Tree, y: Tree) -> Tensor:
-        return cross_entropy(held @ y["w"] + y["b"], held_labels) + 0.01 * (x["w"] ** 2).sum()
-
-    def lower(x: Tree, y: Tree) -> Tensor:
-        ridge = (torch.exp(x["w"])[:, None] * y["w"] ** 2).sum() + torch.exp(x["b"]) * (y["b"] ** 2).sum()
-        return cross_entropy(train @ y["w"] + y["b"], labels) + 0.5 * ridge
-
-    x = {"w": -6 + normal(10, 6), "b": torch.tensor(-5.0)}
-    return settle(upper, lower, x, {"b": torch.zeros(3), "w": torch.zeros(6, 3)})
-
-
-def network() -> Setting:
-    """Two layers with tanh: a log weight decay per layer and a log weight per training row."""
-    train, held = normal(11, 40, 3), normal(12, 30, 3)
-    target, held_target = (torch.sin(2 * part).sum(dim=1) + 0.1 * normal(13, len(part)) for part in (train, held))
-
-    def output(y: Tree, rows: Tensor) -> Tensor:
-        hidden = torch.tanh(rows @ y["first"]["weight"] + y["first"]["bias"])
-        return hidden @ y["second"][0] + y["second"][1]
-
-    def upper(x: Tree, y: Tree) -> Tensor:
-        return 0.5 * ((output(y, held) - held_target) ** 2).mean()
-
-    def lower(x: Tree, y: Tree) -> Tensor:
-        data = 0.5 * (torch.exp(x["rows"]) * (output(y, train) - target) ** 2).mean()
-        sizes = torch.stack([sum((leaf**2).sum() for leaf in tree.leaves(y[layer])) for layer in ("first", "second")])
-        return data + 0.5 * (torch.exp(x["decay"]) * sizes).sum()
-
-    x = {"rows": 0.3 * normal(14, 40), "decay": torch.tensor([-6.5, -6.5])}
-    y = {"second": [normal(15, 4), torch.zeros(())], "first": {"weight": normal(16, 3, 4), "bias": 0.1 * normal(17, 4)}}
-    return settle(upper, lower, x, y)
-
-
-SETTINGS = {"ridge": ridge, "logistic": logistic, "network": network}
-
-
-@functools.cache
-def setting_of(name: str) -> Setting:
-    return SETTINGS[name]()
+from tests.dense import SETTINGS, Setting, condition, normal, relative, setting_of, swapped
 
 
 @pytest.fixture(params=SETTINGS)
 def setting(request: pytest.FixtureRequest) -> Setting:
     return setting_of(request.param)
+
+
+@pytest.mark.parametrize("solver", [CG(rtol=1e-13), Cholesky()], ids=["CG", "Cholesky"])
+def test_hypergradient_matches_dense_linear_algebra(setting: Setting, solver: LinearSolver) -> None:
+    found = implicit.hypergradient(setting.upper, setting.lower, setting.x, setting.y, linear_solver=solver)
+    f, _, x, y = setting.flat
+    expected = setting.dense()
+    assert relative(tree.ravel(found.value), expected) < 1e-9
+    # The implicit term alone, which a direct term could hide.
+    direct = f.gradient(x, y, 0)
+    assert relative(tree.ravel(found.value) - direct, expected - direct) < 1e-9
+    assert found.upper_value == pytest.approx(float(f(x, y)), rel=1e-14)
+    assert tree.describe(found.value) == tree.describe(setting.x)
+    assert found.accuracy is not None
+    assert found.accuracy.error < 1e-9 * float(expected.norm())
+
+
+def test_hypergradient_matches_finite_differences(setting: Setting) -> None:
+    found = implicit.hypergradient(setting.upper, setting.lower, setting.x, setting.y, linear_solver=CG(rtol=1e-12))
+    assert relative(tree.ravel(found.value), setting.differences()) < 1e-7
+
+
+def test_settings_reach_condition_1e4() -> None:
+    assert 5e3 < condition(setting_of("ridge")) < 2e4
+    assert 5e3 < condition(setting_of("network")) < 2e4
+
+
+def test_adjoint_is_a_warm_start(setting: Setting) -> None:
+    def run(adjoint: Tree | None, rtol: float = 1e-10) -> implicit.Hypergradient:
+        solver = CG(rtol=rtol)
+        return implicit.hypergradient(
+            setting.upper, setting.lower, setting.x, setting.y, linear_solver=solver, adjoint=adjoint, accuracy=False
+        )
+
+    cold = run(None)
+    f, g, x, y = setting.flat
+    exact = tree.unravel(torch.linalg.solve(g.hessian(x, y), f.gradient(x, y, 1)), setting.y)
+    assert cold.linear.steps > 5
+    assert relative(tree.ravel(cold.adjoint), tree.ravel(exact)) < 1e-6
+    warm = run(exact)
+    assert warm.linear.steps == 0
+    assert relative(tree.ravel(warm.value), setting.dense()) < 1e-9
+    astray = run(tree.map(lambda leaf: 1e3 * leaf + 1.0, exact), rtol=1e-13)
+    assert relative(tree.ravel(astray.value), setting.dense()) < 1e-9
+
+
+def test_a_kept_graph_is_used(setting: Setting) -> None:
+    graph = GradientGraph(setting.lower, setting.x, setting.y)
+
+    def refuse(x: Tree, y: Tree) -> Tensor:
+        raise AssertionError("the lower objective was evaluated again")
+
+    found = implicit.hypergradient(
+        setting.upper, refuse, setting.x, setting.y, graph=graph, linear_solver=Cholesky(), accuracy=False
+    )
+    assert relative(tree.ravel(found.value), setting.dense()) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["logistic", "network"])
+def test_key_order_does_not_matter(name: str) -> None:
+    setting = setting_of(name)
+    first = implicit.hypergradient(setting.upper, setting.lower, setting.x, setting.y, linear_solver=Cholesky())
+    for x, y in ((swapped(setting.x), setting.y), (setting.x, swapped(setting.y))):
+        for adjoint in (first.adjoint, swapped(first.adjoint)):
+            found = implicit.hypergradient(setting.upper, setting.lower, x, y, adjoint=adjoint)
+            assert list(found.value) == list(x)
+            assert list(found.adjoint) == list(y)
+            assert found.linear.steps == 0
+            difference = tree.sub(found.value, first.value)
+            assert float(tree.norm(difference)) < 1e-9 * float(tree.norm(first.value))
+
+
+def test_key_order_with_equal_shapes() -> None:
+    """Leaves of one shape: pairing by position would give a wrong number and no error."""
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([5.0, -1.0])
+
+    def upper(x: Tree, y: Tree) -> Tensor:
+        return (y["a"] * torch.tensor([1.0, -2.0])).sum() + 3 * (y["b"] ** 2).sum() / 2
+
+    def lower(x: Tree, y: Tree) -> Tensor:
+        return ((y["a"] - x["a"] * a) ** 2).sum() / 2 + 2 * ((y["b"] - x["b"] * b) ** 2).sum()
+
+    x, y = {"a": a, "b": b}, {"b": b * b, "a": a * a}
+    adjoint = {"a": torch.tensor([1.0, -2.0]), "b": 3 * b * b / 4}
+    expected = {"a": a * torch.tensor([1.0, -2.0]), "b": 3 * b**3}
+    for given in (None, adjoint, swapped(adjoint)):
+        found = implicit.hypergradient(upper, lower, x, y, adjoint=given, linear_solver=CG(rtol=1e-14))
+        torch.testing.assert_close(found.value, expected, rtol=1e-12, atol=0)
+        assert (found.linear.steps == 0) == (given is not None)
+
+
+def test_direct_term_alone_and_implicit_term_alone() -> None:
+    x = {"direct": torch.tensor(2.0), "both": torch.tensor(3.0), "lower": torch.tensor([1.0, 4.0])}
+    x["loose"] = torch.ones(2)
+
+    def upper(x: Tree, y: Tree) -> Tensor:
+        return x["direct"] ** 3 + x["both"] * y.sum()
+
+    def lower(x: Tree, y: Tree) -> Tensor:  # y* = lower + both; "loose" shifts the value only
+        return 0.5 * ((y - x["lower"] - x["both"]) ** 2).sum() + x["loose"].sum()
+
+    found = implicit.hypergradient(upper, lower, x, x["lower"] + x["both"])
+    expected = {
+        "direct": torch.tensor(12.0),
+        "both": torch.tensor(11.0 + 6.0),
+        "lower": torch.tensor([3.0, 3.0]),
+        "loose": torch.zeros(2),
+    }
+    torch.testing.assert_close(found.value, expected)
+
+
+def test_lower_level_linear_in_a_leaf() -> None:
+    """g_yy has a zero block: harmless while f ignores that leaf, no solution otherwise."""
+    x, y = torch.tensor(2.0), {"w": torch.tensor([4.0, 6.0]), "free": torch.tensor([1.0])}
+
+    def lower(x: Tree, y: Tree) -> Tensor:
+        return 0.5 * ((y["w"] - x * torch.tensor([2.0, 3.0])) ** 2).sum() + 0.0 * y["free"].sum()
+
+    found = implicit.hypergradient(lambda x, y: (y["w"] ** 2).sum() / 2, lower, x, y)
+    assert float(found.value) == pytest.approx(4 * 2 + 6 * 3)
+    assert found.linear.success
+    with pytest.warns(ConvergenceWarning, match="estimate of its error inf"):
+        found = implicit.hypergradient(lambda x, y: (y["w"] ** 2).sum() + y["free"].sum(), lower, x, y)
+    assert found.linear.status is implicit.Status.LINEAR_SOLVE_FAILED
+
+
+# The accuracy report.
+
+
+def stopped_early(setting: Setting, seed: int, size: float) -> tuple[Tree, float]:
+    """A point at distance ``size`` from the lower solution, and the true error of the hypergradient there."""
+    shift = normal(seed, tree.size(setting.y))
+    y = tree.add(setting.y, tree.unravel(size * shift / shift.norm(), setting.y))
+    return y, float((setting.dense(y) - setting.dense()).norm())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("solver", [CG(rtol=1e-10), Cholesky()], ids=["CG", "Cholesky"])
+def test_estimate_of_a_lower_level_stopped_early(setting: Setting, solver: LinearSolver, seed: int) -> None:
+    y, true = stopped_early(setting, 50 + seed, 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = implicit.hypergradient(setting.upper, setting.lower, setting.x, y, linear_solver=solver).accuracy
+    assert found is not None
+    assert found.kind == "estimate"
+    assert 0.5 * true < found.error < 2 * true
+    assert 0.5e-3 < found.lower_error < 2e-3
+    _, g, x, _ = setting.flat
+    assert found.lower_residual == pytest.approx(float(g.gradient(x, tree.ravel(y), 1).norm()), rel=1e-9)
+
+
+@pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-4])
+def test_estimate_of_a_linear_system_stopped_early(setting: Setting, rtol: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = implicit.hypergradient(
+            setting.upper, setting.lower, setting.x, setting.y, linear_solver=CG(rtol=rtol)
+        )
+    assert found.accuracy is not None
+    true = float((tree.ravel(found.value) - setting.dense()).norm())
+    assert 0.5 * true < found.accuracy.error < 2 * true + 1e-14
+    f, g, x, y = setting.flat
+    slope = f.gradient(x, y, 1)
+    residual = slope - g.hessian(x, y) @ tree.ravel(found.adjoint)
+    assert found.accuracy.linear_residual == pytest.approx(float(residual.norm() / slope.norm()), rel=1e-6, abs=1e-14)
+
+
+@pytest.mark.parametrize("rtol", [1e-10, 1e-2])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1e-1])
+def test_bound_under_declared_strong_convexity(rtol: float, size: float) -> None:
+    setting = setting_of("ridge")
+    _, g, x, best = setting.flat
+    mu = float(torch.linalg.eigvalsh(g.hessian(x, best))[0])
+    for seed in range(3):
+        y, _ = stopped_early(setting, 60 + seed, size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = implicit.hypergradient(
+                setting.upper, setting.lower, setting.x, y, linear_solver=CG(rtol=rtol), strong_convexity=mu
+            )
+        report = found.accuracy
+        assert report is not None
+        assert report.kind == "bound"
+        assert report.error >= float((tree.ravel(found.value) - setting.dense()).norm())
+        assert report.lower_error == pytest.approx(report.lower_residual / mu)
+        assert report.lower_error >= size * (1 - 1e-9)
+
+
+def test_bound_is_attained_on_a_scalar_problem() -> None:
+    """g = m (y - x)²/2, f = y²/2: h = y, so the error of h is that of y."""
+    mass, x = 3.0, torch.tensor(1.0)
+    with pytest.warns(ConvergenceWarning):
+        found = implicit.hypergradient(
+            lambda x, y: y**2 / 2, lambda x, y: mass * (y - x) ** 2 / 2, x, torch.tensor(1.25), strong_convexity=mass
+        )
+    assert found.accuracy is not None
+    assert found.accuracy.error == pytest.approx(0.25)
+    assert found.accuracy.lower_error == pytest.approx(0.25)
+
+
+def test_warning_where_the_lower_level_is_not_solved() -> None:
+    x, y = torch.tensor(2.0), torch.tensor([5.0, 1.0])
+
+    def lower(x: Tree, y: Tree) -> Tensor:
+        return torch.cosh(y - x).sum()
+
+    def upper(x: Tree, y: Tree) -> Tensor:
+        return (y**2).sum()
+
+    with pytest.warns(ConvergenceWarning, match=r"hypergradient has norm .* lower level \(residual 10.1\)"):
+        implicit.hypergradient(upper, lower, x, y)
+    implicit.hypergradient(upper, lower, x, y, accuracy=False)
+    implicit.hypergradient(upper, lower, x, torch.full((2,), 2.0 + 1e-6))  # pytest makes warnings errors
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_warning_where_the_report_is_not_finite(broken: float) -> None:
+    with pytest.warns(ConvergenceWarning):
+        implicit.hypergradient(lambda x, y: broken * y, lambda x, y: (y - x) ** 2, torch.tensor(1.0), torch.tensor(1.0))
+
+
+def test_an_indefinite_lower_level_is_reported() -> None:
+    x, y = torch.tensor(1.0), torch.tensor([1.0, 0.0])
+    with pytest.warns(ConvergenceWarning, match="relative residual"):
+        found = implicit.hypergradient(
+            lambda x, y: y.sum(), lambda x, y: 0.5 * (y[0] - x) ** 2 - 0.5 * y[1] ** 2, x, y, linear_solver=Cholesky()
+        )
+    assert found.linear.indefinite
+    assert found.linear.status is implicit.Status.LINEAR_SOLVE_FAILED
+    assert found.accuracy is not None
+    assert found.accuracy.error == float("inf")

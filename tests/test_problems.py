@@ -1,10 +1,11 @@
-"""Every exact case is what it claims to be, real-data cases compute what they declare, and the registry explains itself."""
+"""Exact cases are what they claim to be, real-data cases compute what they declare, the registry explains itself."""
 
 import csv
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_ridge_data_are_the_standardized_halves() -> None:
     order = torch.randperm(442, generator=torch.Generator().manual_seed(3)).numpy()
     train, held = order[:221], order[221:]
 
-    def scaled(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def scaled(table: Any, rows: np.ndarray) -> np.ndarray:
         return (table[rows] - table[train].mean(axis=0)) / table[train].std(axis=0)
 
     x, w = np.linspace(-3, 1, 10), np.linspace(1, -1, 10)
@@ -195,7 +196,7 @@ def test_distance_error_and_check() -> None:
     size = float(tree.norm(case.x_star))
     assert case.distance(off) == pytest.approx(1e-3 * math.sqrt(5))
     assert case.error(off) == pytest.approx(1e-3 * math.sqrt(5) / size)
-    with pytest.raises(AssertionError, match="quadratic_pytree: relative error of x is .* above 1e-06"):
+    with pytest.raises(AssertionError, match=r"quadratic_pytree: relative error of x is .* above 1e-06"):
         case.check(off)
     with pytest.raises(AssertionError, match="nan"):
         case.check(replace(solution, x=tree.map(lambda leaf: leaf * math.nan, case.x_star)))

@@ -18,15 +18,19 @@ from implicit.derivatives import value_and_gradients
 from implicit.iterate import Values
 from implicit.tree import Tree
 
+PATIENCE = 3
+"""Updates refused in a row for not being finite before the run counts as failed: one bad batch is not the end."""
+
 
 @dataclass(kw_only=True)
 class MinibatchState(State):
-    """Samplers' positions, the momentum of x, and the step-length rule."""
+    """Samplers' positions, the momentum of x, its step-length rule, and how many updates in a row were refused."""
 
     upper_position: Any
     lower_position: Any
     momentum: Tree
     path: PathState
+    refused: Tensor
 
 
 def draw(problem: BilevelProblem, state: BilevelState, positions: MinibatchState) -> Oracle:
@@ -48,6 +52,7 @@ def init_minibatch(problem: BilevelProblem, state: BilevelState, rule: PathEffic
         lower_position=lower.init(state.generator) if lower is not None else None,
         momentum=tree.zeros_like(state.x),
         path=rule.init(state.x),
+        refused=tree.norm(state.x).detach() * 0.0,
     )
 
 
@@ -69,7 +74,8 @@ def move_upper(
         after = problem.upper_set.project(tree.clone(state.x))
         tree.copy_(state.x, before)
         return after
-    inner.momentum = tree.axpy(beta, inner.momentum, tree.scale(1.0 - beta, h))
+    mixed = tree.axpy(beta, inner.momentum, tree.scale(1.0 - beta, h))
+    inner.momentum = tree.where(tree.all_finite(mixed), mixed, inner.momentum)
     return normalised_step(problem, state.x, inner.momentum, inner.path.length)
 
 
@@ -84,7 +90,7 @@ def commit(state: BilevelState, inner: MinibatchState, rule: PathEfficiency | No
 
     ``lost`` tells the step rule that the lower level has lost track of x.
     """
-    flag = tree.all_finite(*updates.values()) & state.finite.to(tree.leaves(state.x)[0].device)
+    flag = tree.all_finite(*updates.values())
     before = state.x
     for name, new in updates.items():
         old = getattr(state, name)
@@ -95,7 +101,8 @@ def commit(state: BilevelState, inner: MinibatchState, rule: PathEfficiency | No
             setattr(state, name, tree.where(flag, new, old))
     if rule is not None:
         rule.update(inner.path, state.x, tree.norm(tree.sub(state.x, before)), lost)
-    state.finite = flag
+    inner.refused = torch.where(flag, 0.0, inner.refused + 1.0)
+    state.finite = inner.refused < PATIENCE
     return flag
 
 

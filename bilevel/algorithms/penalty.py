@@ -5,6 +5,7 @@ Source: Chen, Ma, Zhang, "Near-optimal nonconvex-strongly-convex bilevel optimiz
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -34,9 +35,10 @@ from implicit.tree import Tree
 FLOAT32_CAP = 1e3
 """In float32 the difference of two lower objectives drowns in rounding beyond this penalty (measured: 4.6e-4 at 1e3,
 5.4e-4 at 1e4, 5.9e-3 at 1e5)."""
-TRACK_EVERY = 20
+TRACK_EVERY = 5
 CONFIRM = 20
 SETTLED = 0.1
+STEEPER = 1.05
 
 
 @dataclass(kw_only=True)
@@ -64,6 +66,31 @@ class PenaltyState(BilevelState):
     small: Tensor
     gap: Tensor
     inner: MinibatchState
+
+
+@dataclass
+class _Pair:
+    """y and z with their predecessors."""
+
+    y: Tree
+    z: Tree
+    y_before: Tree
+    z_before: Tree
+
+    @classmethod
+    def of(cls, state: PenaltyState) -> "_Pair":
+        return cls(state.y, state.z, state.y_before, state.z_before)
+
+
+_Result = tuple[_Pair, Tensor, dict[str, Tensor], Tree]
+
+
+def _descend(
+    problem: BilevelProblem, fn: Callable[[Tree], Tensor], point: Tree, step: Tensor
+) -> tuple[Tree, Tree]:
+    """One projected gradient step, and the gradient it took."""
+    _, slope = value_and_gradient(fn, point)
+    return problem.lower_set.project(tree.axpy(-step, slope, point)), slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,65 +194,100 @@ class Penalty(Algorithm[PenaltyState]):
 
     def step(self, problem: BilevelProblem, state: PenaltyState) -> Values:
         """T inner steps on z and y, one step of x."""
-        assert self.penalty is not None and self.lower_steps is not None and self.upper_curvature is not None
-        x, p = state.x, self.penalty
-        oracle = draw(problem, state, state.inner)
-        curvature = self._track(problem, state, oracle)
-        shrink = 1.0
-        if problem.stochastic and self.lower_decay is not None:
-            shrink = (1.0 + state.step / self.lower_decay) ** -0.5
-        root = math.sqrt(self.lower_condition or 1.0)
-        beta = (root - 1.0) / (root + 1.0)
-        y, z, y_before, z_before = state.y, state.z, state.y_before, state.z_before
-        step_z, step_y = shrink / curvature, shrink / (p * curvature + self.upper_curvature)
-
-        def penalised(q: Tree, on: Oracle) -> Tensor:
-            return on.upper(x, q) + p * on.lower(x, q)
-
-        if problem.stochastic:
-            for k in range(self.lower_steps):
-                oracle = draw(problem, state, state.inner) if k else oracle
-                z, z_before = self._inner(problem, lambda q, o=oracle: o.lower(x, q), z, z_before, step_z, beta), z
-                y, y_before = self._inner(problem, lambda q, o=oracle: penalised(q, o), y, y_before, step_y, beta), y
-        values, gradient = self._hypergradient(oracle, x, y, z)
-        for _ in range(0 if problem.stochastic else self.lower_chunks):
-            # Lower errors enter G times the penalty: until it settles, more inner steps pay, not x.
-            before = gradient
-            for _ in range(self.lower_steps):
-                z, z_before = self._inner(problem, lambda q: oracle.lower(x, q), z, z_before, step_z, beta), z
-                y, y_before = self._inner(problem, lambda q: penalised(q, oracle), y, y_before, step_y, beta), y
-            values, gradient = self._hypergradient(oracle, x, y, z)
-            if not bool(tree.norm(tree.sub(gradient, before)) > SETTLED * tree.norm(gradient)):
-                break
-        state.gap = 0.9 * state.gap + 0.1 * values["penalty_gap"]
-        warm = tree.axpy(self.momentum, state.inner.momentum, tree.scale(1.0 - self.momentum, gradient))
-        x_next = normalised_step(problem, x, warm, state.inner.path.length)
-        finite = tree.all_finite(gradient)
-        state.inner.momentum = tree.where(finite, warm, state.inner.momentum)
-        residual = tree.sub(x, problem.upper_set.project(tree.sub(x, gradient)))
-        commit(
-            state,
-            state.inner,
-            self.step_size,
-            {"x": x_next, "y": y, "z": z, "y_before": y_before, "z_before": z_before, "curvature": curvature},
-            state.gap < 0,
-        )
-        state.surrogate = tree.norm(residual)
-        if state.step == 0:
-            state.first = state.surrogate
         assert self.rtol is not None
+        inner = state.inner
+        if problem.stochastic:
+            pair, curvature, values, gradient = self._minibatch_steps(problem, state)
+        else:
+            pair, curvature, values, gradient = self._full_steps(problem, state)
+        gap = 0.9 * state.gap + 0.1 * values["penalty_gap"]
+        lost = ~(gap >= 0)
+        warm = tree.axpy(self.momentum, inner.momentum, tree.scale(1.0 - self.momentum, gradient))
+        x_next = normalised_step(problem, state.x, warm, inner.path.length)
+        residual = tree.norm(tree.sub(state.x, problem.upper_set.project(tree.sub(state.x, gradient))))
+        updates = {"x": x_next, "y": pair.y, "z": pair.z, "y_before": pair.y_before, "z_before": pair.z_before}
+        flag = commit(state, inner, self.step_size, updates, lost)
+        # A refused step must leave no trace: a momentum of 1e150 would last forever.
+        inner.momentum = tree.where(flag, warm, tree.zeros_like(warm))
+        state.gap = torch.where(flag, gap, 0.0)
+        state.curvature = torch.where(torch.isfinite(curvature), curvature, state.curvature)
+        state.surrogate = torch.where(flag, residual, math.inf)
+        if state.step == 0:
+            state.first = residual
         reached = state.surrogate <= torch.clamp(self.rtol * state.first, min=self.atol)
         state.small = torch.where(reached, state.small + 1, 0.0)
-        return {**values, "stationarity": state.surrogate, "step_length": state.inner.path.length}
+        return {**values, "stationarity": state.surrogate, "step_length": inner.path.length}
 
-    @staticmethod
-    def _inner(
-        problem: BilevelProblem, fn: Any, point: Tree, before: Tree, step: Tensor, beta: float
-    ) -> Tree:
-        """One accelerated projected gradient step."""
-        ahead = tree.axpy(beta, tree.sub(point, before), point) if beta > 0 else point
-        _, slope = value_and_gradient(fn, ahead)
-        return problem.lower_set.project(tree.axpy(-step, slope, ahead))
+    def _sizes(self, curvature: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+        """Step lengths of z and y."""
+        assert self.penalty is not None and self.upper_curvature is not None
+        return shrink / curvature, shrink / (self.penalty * curvature + self.upper_curvature)
+
+    def _penalised(self, oracle: Oracle, x: Tree) -> Callable[[Tree], Tensor]:
+        assert self.penalty is not None
+        p = self.penalty
+        return lambda q: oracle.upper(x, q) + p * oracle.lower(x, q)
+
+    def _minibatch_steps(self, problem: BilevelProblem, state: PenaltyState) -> "_Result":
+        """T plain steps, each on a fresh batch that y and z share; no host synchronisation."""
+        assert self.lower_steps is not None
+        x, pair = state.x, _Pair.of(state)
+        oracle = draw(problem, state, state.inner)
+        curvature = self._track(state, oracle)
+        shrink = (1.0 + state.step / self.lower_decay) ** -0.5 if self.lower_decay is not None else 1.0
+        step_z, step_y = self._sizes(curvature, shrink)
+        for k in range(self.lower_steps):
+            oracle = draw(problem, state, state.inner) if k else oracle
+            z, _ = _descend(problem, lambda q, o=oracle: o.lower(x, q), pair.z, step_z)
+            y, _ = _descend(problem, self._penalised(oracle, x), pair.y, step_y)
+            pair = _Pair(y, z, pair.y, pair.z)
+        values, gradient = self._hypergradient(oracle, x, pair.y, pair.z)
+        return pair, curvature, values, gradient
+
+    def _full_steps(self, problem: BilevelProblem, state: PenaltyState) -> "_Result":
+        """T accelerated steps, again and again until G settles: lower errors enter G times the penalty."""
+        assert self.lower_steps is not None
+        x, pair, curvature = state.x, _Pair.of(state), state.curvature
+        oracle = draw(problem, state, state.inner)
+        values, gradient = self._hypergradient(oracle, x, pair.y, pair.z)
+        for _ in range(self.lower_chunks):
+            before = gradient
+            moved, seen = self._chunk(problem, oracle, x, pair, curvature)
+            if bool(seen > STEEPER * curvature):
+                # The lower level has become steeper than the steps assume (penalties such as exp(x) grow): take back.
+                curvature = 1.2 * seen
+                pair = _Pair(pair.y, pair.z, pair.y, pair.z)
+                continue
+            pair = moved
+            values, gradient = self._hypergradient(oracle, x, pair.y, pair.z)
+            if not bool(tree.norm(tree.sub(gradient, before)) > SETTLED * tree.norm(gradient)):
+                break
+        return pair, curvature, values, gradient
+
+    def _chunk(
+        self, problem: BilevelProblem, oracle: Oracle, x: Tree, pair: "_Pair", curvature: Tensor
+    ) -> tuple["_Pair", Tensor]:
+        """T accelerated steps, and the largest curvature of g that consecutive gradients showed."""
+        assert self.lower_steps is not None
+        root = math.sqrt(self.lower_condition or 1.0)
+        beta = (root - 1.0) / (root + 1.0)
+        step_z, step_y = self._sizes(curvature, 1.0)
+        penalised = self._penalised(oracle, x)
+        seen = torch.zeros_like(curvature)
+        last: tuple[Tree, Tree] | None = None
+        for _ in range(self.lower_steps):
+            ahead_z = tree.axpy(beta, tree.sub(pair.z, pair.z_before), pair.z) if beta > 0 else pair.z
+            ahead_y = tree.axpy(beta, tree.sub(pair.y, pair.y_before), pair.y) if beta > 0 else pair.y
+            z, slope = _descend(problem, lambda q: oracle.lower(x, q), ahead_z, step_z)
+            y, _ = _descend(problem, penalised, ahead_y, step_y)
+            if last is not None:
+                distance = tree.norm(tree.sub(ahead_z, last[0]))
+                far = distance > 1e-6 * (1.0 + tree.norm(ahead_z))  # closer, rounding would pose as curvature
+                ratio = tree.norm(tree.sub(slope, last[1])) / torch.where(far, distance, 1.0)
+                seen = torch.where(far, torch.maximum(seen, ratio), seen)
+            last = ahead_z, slope
+            pair = _Pair(y, z, pair.y, pair.z)
+        return pair, torch.where(torch.isfinite(seen), seen, 10.0 * curvature)
 
     def _hypergradient(self, oracle: Oracle, x: Tree, y: Tree, z: Tree) -> tuple[dict[str, Tensor], Tree]:
         """G and the values it is made of, from one backward pass."""
@@ -242,18 +304,16 @@ class Penalty(Algorithm[PenaltyState]):
         _, gradient = value_and_gradient(joint, x)
         return {k: v.detach() for k, v in parts.items()}, gradient
 
-    def _track(self, problem: BilevelProblem, state: PenaltyState, oracle: Oracle) -> Tensor:
-        """Raise L_g where the lower objective has become steeper: one power step every twenty, on gradient
-        differences, because curvature at x0 says little about curvature later (penalties such as exp(x) grow)."""
-        if state.step % TRACK_EVERY or state.step == 0:
+    @staticmethod
+    def _track(state: PenaltyState, oracle: Oracle) -> Tensor:
+        """Raise L_g where minibatches have become steeper: now and then a power step on gradient differences."""
+        if state.step % TRACK_EVERY:
             return state.curvature
         size = tree.norm(state.probe)
         width = float(torch.finfo(tree.common_dtype(state.z)).eps) ** 0.5 * (1.0 + tree.norm(state.z))
-        scale = width / torch.where(size > 0, size, 1.0)
+        ahead = tree.axpy(width / torch.where(size > 0, size, 1.0), state.probe, state.z)
         _, here = value_and_gradient(lambda q: oracle.lower(state.x, q), state.z)
-        _, there = value_and_gradient(
-            lambda q: oracle.lower(state.x, q), tree.axpy(scale, state.probe, state.z)
-        )
+        _, there = value_and_gradient(lambda q: oracle.lower(state.x, q), ahead)
         change = tree.scale(1.0 / width, tree.sub(there, here))
         seen = tree.norm(change)
         usable = torch.isfinite(seen) & (seen > 0)

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -64,18 +64,10 @@ class PointState(State):
     tolerance: float
     evaluations: int = 1
     stalled: bool = False
-    extra: Any = None
+    extra: Any = field(default=None, metadata={"transient": True})
     best_value: float = math.inf
     best_norm: float = math.inf
     idle: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data; ``extra`` is rebuilt by whoever evaluates the objective again."""
-        extra, self.extra = self.extra, None
-        try:
-            return super().state_dict()
-        finally:
-            self.extra = extra
 
 
 P = TypeVar("P", bound=PointState)

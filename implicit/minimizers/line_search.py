@@ -72,7 +72,7 @@ def _search(
     probe: Callable[[float], Trial], value: float, slope: float, first: float, rounding: float, budget: int
 ) -> tuple[Trial | None, int]:
     low, high = Trial(0.0, value, slope), None
-    length, limit, width = first, math.inf, math.inf
+    length, limit, width, used = first, math.inf, math.inf, 0
     for used in range(1, budget + 1):
         trial = probe(length)
         if not (math.isfinite(trial.value) and math.isfinite(trial.slope)):
@@ -97,7 +97,7 @@ def _search(
             break
         if used >= PATIENCE and width * abs(slope) <= rounding:
             break
-    return (low if low.evaluation is not None and low.value <= value + rounding else None), min(used, budget)
+    return (low if low.evaluation is not None and low.value <= value + rounding else None), used
 
 
 def _next_length(low: Trial, high: Trial | None, limit: float, rounding: float, before: float) -> float:

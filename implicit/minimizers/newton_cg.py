@@ -69,7 +69,11 @@ class NewtonCG(Minimizer[NewtonState]):
     def step(self, problem: Objective, state: NewtonState) -> Values:
         """One Newton step."""
         norm = float(torch.linalg.vector_norm(state.gradient))
+        if norm == 0:
+            return {"value": state.value, "gradient_norm": 0.0, "step_length": 0.0}
         state.reference = max(state.reference, norm)
+        if state.extra is None:  # just loaded from a checkpoint
+            state.extra = problem(state.point).extra
         direction = self._direction(state, norm)
         slope = float(state.gradient @ direction)
         if not slope < 0:
@@ -92,8 +96,7 @@ class NewtonCG(Minimizer[NewtonState]):
 
     def _direction(self, state: NewtonState, norm: float) -> Tensor:
         hessian = Hessian.of(state.extra)
-        enough = 0.5 * state.tolerance / norm if norm > 0 else 0.5
-        forcing = max(min(0.5, math.sqrt(norm / state.reference)), enough)
+        forcing = max(math.sqrt(norm / state.reference), 0.5 * state.tolerance / norm)
         cg = CG(rtol=min(forcing, 0.5), max_steps=self.max_products, preconditioner=self.preconditioner)
         found = cg.solve(hessian, tree.unravel(-state.gradient, hessian.like))
         state.products += found.products

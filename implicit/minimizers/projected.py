@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,7 @@ class SpectralProjectedGradient(Minimizer[SpectralState]):
     max_steps: int = 10_000
     window: int = 10
 
-    def init(
-        self, problem: ProjectedObjective, *start: Tensor | float, generator: torch.Generator | None = None
-    ) -> SpectralState:
+    def init(self, problem: Any, *start: Tensor | float, generator: torch.Generator | None = None) -> SpectralState:
         """Project and evaluate the starting point.
 
         Raises:
@@ -62,7 +61,7 @@ class SpectralProjectedGradient(Minimizer[SpectralState]):
         """
         if not isinstance(problem, ProjectedObjective):
             raise TypeError(
-                "SpectralProjectedGradient needs a ProjectedObjective(objective, project); use LBFGS where there is no set"
+                "SpectralProjectedGradient needs a ProjectedObjective(objective, project); without a set use LBFGS"
             )
         point = problem.project(torch.as_tensor(start[0]).detach()).clone()
         evaluation = problem(point)
@@ -113,7 +112,7 @@ class SpectralProjectedGradient(Minimizer[SpectralState]):
         state.stalled = math.sqrt(size) <= eps * float(torch.linalg.vector_norm(candidate)) and after >= before
         return {"value": state.value, "gradient_norm": after, "step_length": length}
 
-    def terminate(self, problem: ProjectedObjective, state: SpectralState) -> Status:
+    def terminate(self, problem: Any, state: SpectralState) -> Status:
         """Measured projected-gradient residual against the tolerance."""
         norm = float(torch.linalg.vector_norm(problem.residual(state.point, state.gradient)))
         if not (math.isfinite(norm) and math.isfinite(state.value)):
