@@ -161,7 +161,7 @@ class Minimizer(IterativeMethod[P], Generic[P]):
         ``patience`` of them, and a fifth of all so far: hard problems earn longer pauses.
         """
         noise = ROUNDING * float(torch.finfo(state.point.dtype).eps) * abs(state.value)
-        lower, flatter = state.value < state.best_value - noise, norm < 0.9 * state.best_norm
+        lower, flatter = state.value < state.best_value - noise, norm < 0.7 * state.best_norm
         state.best_value = state.value if lower else state.best_value
         state.best_norm = norm if flatter else state.best_norm
         state.idle = 0 if lower or flatter else state.idle + evaluations
