@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel.oracle import Oracle
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Accuracy
-from implicit import CG, LinearSolver, NewtonCG, SpectralProjectedGradient, tree
+from implicit import LinearSolver, NewtonCG, SpectralProjectedGradient, tree
 from implicit.derivatives import value_and_gradient
 from implicit.hypergradient import Hypergradient, hypergradient, measure_accuracy
 from implicit.minimizers import ProjectedObjective, gradient_objective, graph_objective
@@ -18,6 +18,8 @@ from implicit.tree import Tree
 
 SAFETY = 2.0
 """Factor on the estimated distance: the estimate is right to first order only."""
+LEFT_OVER = 0.05
+"""CG on the upper level stops at this fraction of its first residual."""
 
 
 @dataclass
@@ -64,9 +66,7 @@ def assess_implicit(
     problem: BilevelProblem, oracle: Oracle, x: Tree, y: Tree, solver: LinearSolver, adjoint: Tree | None
 ) -> tuple[Accuracy, Hypergradient]:
     """The report of one implicit hypergradient at (x, y), without the distance."""
-    found = hypergradient(
-        oracle.upper, oracle.lower, x, y, linear_solver=solver, adjoint=adjoint, accuracy=False
-    )
+    found = hypergradient(oracle.upper, oracle.lower, x, y, linear_solver=solver, adjoint=adjoint, accuracy=False)
     graph = oracle.graph(x, y)
     report = measure_accuracy(
         oracle.upper, oracle.lower, x, y, graph, found.value, found.linear, solver, problem.strong_convexity
@@ -95,9 +95,14 @@ class ImplicitMap:
     def __call__(self, x: Tree) -> Tree:
         self.y = solve_lower(lambda q: self.oracle.lower(x, q), self.y, self.problem, rtol=1e-10).y
         found = hypergradient(
-            self.oracle.upper, self.oracle.lower, x, self.y,
-            linear_solver=self.solver, adjoint=self.adjoint, accuracy=False,
-        )  # fmt: skip
+            self.oracle.upper,
+            self.oracle.lower,
+            x,
+            self.y,
+            linear_solver=self.solver,
+            adjoint=self.adjoint,
+            accuracy=False,
+        )
         self.adjoint = found.adjoint
         return found.value
 
@@ -155,43 +160,34 @@ def distance_to_solution(
     d, p = torch.zeros_like(r), r.clone()
     rr = float(r @ r)
     first = math.sqrt(rr)
-    diagonal: list[float] = []
-    ratios: list[float] = []
+    alphas: list[float] = []
+    betas: list[float] = []
     for _ in range(min(budget, flat.numel())):
-        if math.sqrt(rr) <= 0.05 * first or rr == 0.0:
+        if math.sqrt(rr) <= LEFT_OVER * first:
             break
         bp = curvature(p)
         pbp = float(p @ bp)
         if not pbp > 0:
             return None, "the hyper-objective is not convex along a direction tested at the solution"
-        alpha = rr / pbp
-        d, r = d + alpha * p, r - alpha * bp
-        after = float(r @ r)
-        diagonal.append(1.0 / alpha + (ratios[-1] * diagonal_alpha if ratios else 0.0))
-        ratios.append(after / rr)
-        diagonal_alpha = 1.0 / alpha
-        p = r + (after / rr) * p
-        rr = after
+        alphas.append(rr / pbp)
+        d, r = d + alphas[-1] * p, r - alphas[-1] * bp
+        betas.append(float(r @ r) / rr)
+        p = r + betas[-1] * p
+        rr *= betas[-1]
     rest = 0.0
-    if rr > (0.05 * first) ** 2 and diagonal:
-        rest = math.sqrt(rr) / _smallest_ritz(diagonal, ratios)
-    elif rr > 0 and not diagonal:
-        return None, "no hypergradient was left to measure the curvature of the hyper-objective"
+    if math.sqrt(rr) > LEFT_OVER * first:
+        if not alphas:
+            return None, "no hypergradient was left to measure the curvature of the hyper-objective"
+        rest = math.sqrt(rr) / _smallest_ritz(alphas, betas)
     return SAFETY * (normal + float(torch.linalg.vector_norm(d)) + rest), None
 
 
-def _smallest_ritz(diagonal: list[float], ratios: list[float]) -> float:
-    """Smallest eigenvalue of the Lanczos matrix behind CG; the k-th off-diagonal is ``sqrt(ratio_k) / alpha_k``."""
-    n = len(diagonal)
-    alphas = []
+def _smallest_ritz(alphas: list[float], betas: list[float]) -> float:
+    """Smallest eigenvalue of the Lanczos matrix behind CG."""
+    n = len(alphas)
+    t = torch.zeros(n, n, dtype=torch.float64)
     for k in range(n):
-        alphas.append(1.0 / (diagonal[k] - (ratios[k - 1] / alphas[k - 1] if k else 0.0)))
-    t = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    for k in range(n - 1):
-        t[k, k + 1] = t[k + 1, k] = math.sqrt(ratios[k]) / alphas[k]
-    return max(float(torch.linalg.eigvalsh(t)[0]), 1e-300)
-
-
-def accurate_solver(solver: LinearSolver | None) -> LinearSolver:
-    """The solver of the report: the algorithm's own, else CG near rounding."""
-    return solver if solver is not None else CG(rtol=1e-10)
+        t[k, k] = 1.0 / alphas[k] + (betas[k - 1] / alphas[k - 1] if k else 0.0)
+        if k + 1 < n:
+            t[k, k + 1] = t[k + 1, k] = math.sqrt(betas[k]) / alphas[k]
+    return max(float(torch.linalg.eigvalsh(t)[0]), torch.finfo(torch.float64).tiny)

@@ -18,7 +18,7 @@ import bilevel
 from bilevel import picture, report, settings
 from bilevel.request import Request, prepare, read_request
 from bilevel.solution import Solution
-from bilevel.targets import Job, Target, describe_error, load_target
+from bilevel.targets import Job, Target, describe_error, load_target, locate
 from implicit import Progress, SaveCheckpoint, SolveError, StepInfo
 
 MISUSE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -92,12 +92,11 @@ def _misuse(file: Path | None = None, still: Callable[[], bool] = lambda: True) 
         raise
     except Exception as error:
         # What passed through the user's file is named with its line; other kinds are bugs of ours.
-        text = describe_error(error, file)
-        foreign = file is not None and text.startswith(str(file))
+        foreign = bool(locate(error, file))
         if not still() or not (foreign or isinstance(error, _DECLARED)):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise Misuse(text if foreign else str(message)) from error
+        raise Misuse(describe_error(error, file) if foreign else str(message)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -336,15 +335,15 @@ def _finish(
             print(f"{added.text}\n")
         print(f"Written to {out}: {', '.join(str(os.path.relpath(f, out)) for f in files)}")
     if failed:
-        where = describe_error(error.__cause__, request.target.file) if error is not None and error.__cause__ else ""
-        message = f"{error} ({where})" if request.target.file and where else error or solution.message
+        where = locate(error, request.target.file)
+        message = f"{where}: {solution.message}" if where else solution.message
         print(f"bilevel: error: {message}. What was found until then is in {out}", file=sys.stderr)
     return FAILURE if failed else 0
 
 
 def _plot(args: argparse.Namespace, argv: list[str]) -> int:
     with _misuse():
-        curves = [picture.read_curve(folder) for folder in args.folders]
+        curves = picture.read_curves(args.folders)
         single = len(curves) == 1
         path = args.out or (args.folders[0] / report.PICTURE if single else Path("comparison.png"))
         print(f"Written: {picture.draw(path, curves, curves[0].label if single else 'Convergence')}")

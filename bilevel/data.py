@@ -82,6 +82,8 @@ class Batches:
         self.loader: Any = data if isinstance(data, DataLoader) or _is_loader(data) else None
         self._collate = collate or getattr(self.loader, "collate_fn", None) or default_collate
         self._full: Tree = None
+        self.dataset: Any = None
+        self.rows: int | None = None
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size must be None or a positive integer, got {batch_size!r}")
         if self.loader is not None:
@@ -92,7 +94,6 @@ class Batches:
             self.batch_size = getattr(data, "batch_size", None)
             return
         if _is_tensor_tree(data):
-            self.dataset = None
             self._full = data
             self.rows = _common_rows(data)
             _refuse_nan(data)
@@ -208,5 +209,6 @@ def _refuse_nan(data: Tree) -> None:
             if bool(bad.any()):
                 rows = bad.nonzero()[:5, 0].tolist()
                 raise ValueError(
-                    f"data{name} has NaN in {int(bad.sum())} of {leaf.shape[0]} rows (first: {rows}); drop or impute them"
+                    f"data{name} has NaN in {int(bad.sum())} of {leaf.shape[0]} rows (first: {rows}); "
+                    "drop or impute them"
                 )

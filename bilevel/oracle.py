@@ -51,4 +51,3 @@ class Oracle:
     def graph(self, x: Tree, y: Tree) -> GradientGraph:
         """The kept gradient graph of g at (x, y)."""
         return GradientGraph(self.lower, x, y, "lower")
-

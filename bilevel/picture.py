@@ -4,7 +4,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,20 @@ def read_curve(folder: Path) -> Curve:
     return Curve(name, history, float(optimum) if optimum is not None else None)
 
 
+def read_curves(folders: Sequence[Path]) -> list[Curve]:
+    """The curves of several result directories; runs with one name are told apart by their folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_curve`.
+    """
+    curves = [read_curve(folder) for folder in folders]
+    labels = [curve.label for curve in curves]
+    return [
+        replace(curve, label=f"{curve.label} ({folder})") if labels.count(curve.label) > 1 else curve
+        for curve, folder in zip(curves, folders, strict=True)
+    ]
+
+
 def draw(path: Path, curves: Sequence[Curve], title: str) -> Path:
     """Upper value and stationarity against steps and seconds, one colour per run."""
     import matplotlib
@@ -76,8 +90,8 @@ def draw(path: Path, curves: Sequence[Curve], title: str) -> Path:
         axes[1][0].set_xlabel("step")
         axes[1][0].xaxis.get_major_locator().set_params(integer=True)
         axes[1][1].set_xlabel("seconds")
-        if len(curves) > 1 or curves[0].optimum is not None:
-            handles, names = axes[0][0].get_legend_handles_labels()
+        handles, names = axes[0][0].get_legend_handles_labels()
+        if names != [curves[0].label]:  # then the title says it all
             figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), frameon=False)
         figure.align_ylabels()
         figure.suptitle(title, fontsize=12)
@@ -88,14 +102,32 @@ def draw(path: Path, curves: Sequence[Curve], title: str) -> Path:
 
 def _panel(axis: Any, curves: Sequence[Curve], abscissa: str, values: Sequence[list[float]], optimum: bool) -> None:
     for index, (curve, found) in enumerate(zip(curves, values, strict=True)):
-        at = curve.column(abscissa)[1]
-        style = "o-" if len(found) <= 30 else "-"
-        axis.plot(at[: len(found)], found, style, color=f"C{index}", label=curve.label, linewidth=1.4, markersize=3.5)
+        at = curve.column(abscissa)[1][: len(found)]
+        colour, mean = f"C{index}", _running_mean(found)
+        if mean is None:
+            style = "o-" if len(found) <= 30 else "-"
+            axis.plot(at, found, style, color=colour, label=curve.label, linewidth=1.4, markersize=3.5)
+        else:
+            axis.plot(at, found, color=colour, alpha=0.25, linewidth=0.8)
+            axis.plot(at, mean, color=colour, label=f"{curve.label}, running mean", linewidth=1.6)
     known = dict.fromkeys(curve.optimum for curve in curves if curve.optimum is not None)
     for value in known if optimum else ():
         axis.axhline(value, color="0.35", linestyle="--", linewidth=1, label=f"optimal value {value:.5g}")
     axis.grid(True, which="major", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _running_mean(values: list[float]) -> list[float] | None:
+    """Means over a tenth of the run, for values that mostly go up and down, as those of minibatches do; else None."""
+    finite = [v for v in values if math.isfinite(v)]
+    if len(finite) < len(values) or len(values) <= 30:
+        return None
+    turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(values, values[1:], values[2:], strict=False))
+    if turns < len(values) / 3:
+        return None
+    half = max(2, len(values) // 20)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _wants_log(values: Sequence[list[float]]) -> bool:

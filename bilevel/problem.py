@@ -56,7 +56,9 @@ class BilevelProblem:
             if not callable(function):
                 raise TypeError(f"{level} must be a function of (x, y), got {type(function).__name__}")
             if data is not None and not isinstance(data, Batches):
-                raise TypeError(f"{level}_data must be bilevel.Batches, got {type(data).__name__}; wrap it: Batches(data)")
+                raise TypeError(
+                    f"{level}_data must be bilevel.Batches, got {type(data).__name__}; wrap it: Batches(data)"
+                )
             _check_signature(level, function, data is not None)
             chosen = getattr(self, f"{level}_set")
             if not isinstance(chosen, ConvexSet):
@@ -121,9 +123,7 @@ class BilevelProblem:
             if not (up or low):
                 raise ValueError(f"x{name} enters neither objective; remove it, or check that the graph is not cut")
         if not any(used["upper"][1]):
-            warnings.warn(
-                "upper does not depend on y: the lower level has no influence on the solution", stacklevel=3
-            )
+            warnings.warn("upper does not depend on y: the lower level has no influence on the solution", stacklevel=3)
 
     def _dependence(self, level: str, x0: Tree, y0: Tree) -> tuple[list[bool], list[bool]]:
         x, y = tree.variables(x0), tree.variables(y0)
@@ -159,7 +159,9 @@ def evaluate(function: Objective, level: str, x: Tree, y: Tree, batch: Any) -> T
     if not isinstance(value, Tensor):
         raise TypeError(f"{level} must return a scalar tensor or (tensor, aux), got {type(value).__name__}")
     if value.numel() != 1:
-        raise ValueError(f"{level} must return a scalar, got shape {tuple(value.shape)}; reduce it with .mean() or .sum()")
+        raise ValueError(
+            f"{level} must return a scalar, got shape {tuple(value.shape)}; reduce it with .mean() or .sum()"
+        )
     if not value.is_floating_point():
         raise TypeError(f"{level} must return a floating-point scalar, got {value.dtype}")
     return value.reshape(())
@@ -193,7 +195,9 @@ def _check_point(point: Tree, name: str) -> None:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{name}{path} must be a tensor, got {type(leaf).__name__}; use torch.tensor(...)")
         if not leaf.is_floating_point():
-            raise TypeError(f"{name}{path} has dtype {leaf.dtype}; variables must be floating point: .double() or .float()")
+            raise TypeError(
+                f"{name}{path} has dtype {leaf.dtype}; variables must be floating point: .double() or .float()"
+            )
         if not bool(torch.isfinite(leaf).all()):
             raise ValueError(f"{name}{path} contains NaN or infinity")
 

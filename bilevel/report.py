@@ -183,7 +183,8 @@ def summary(solution: Solution, facts: Mapping[str, Any]) -> str:
         f"{solution.status.name} after {solution.steps:,} steps and {solution.seconds:.3g} s",
         *textwrap.wrap(solution.message, 96, initial_indent="  ", subsequent_indent="  "),
     ]
-    if solution.status.value not in solution.message and solution.status is not Status.CONVERGED:
+    advised = solution.status is Status.CONVERGED or solution.status.value in solution.message or "error" in facts
+    if not advised:
         lines += textwrap.wrap(solution.status.value, 96, initial_indent="  ", subsequent_indent="  ")
     rows = [("upper value", solution.upper_value, ""), ("lower value", solution.lower_value, "")]
     rows += [(name, value, "") for name, value in solution.metrics.items()]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-import implicit
 from bilevel.algorithms.base import Algorithm, BilevelState
 from bilevel.oracle import Oracle, new_counts
 from bilevel.problem import BilevelProblem
@@ -15,6 +14,7 @@ from bilevel.solution import Accuracy, Solution
 from implicit import Run, SaveCheckpoint, SolveError, Status, tree
 from implicit.checkpoint import FORMAT, decode_method, encode_method
 from implicit.iterate import Best, Callback, StepInfo, iterate
+from implicit.random import copy_generator
 from implicit.tree import Tree
 
 _RENAMED = {
@@ -144,7 +144,7 @@ def _begin(
     problem.validate(x0, y0)
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator must live on the CPU, got {generator.device}; samples are moved where needed")
-    own = implicit.random.copy_generator(generator) if generator is not None else torch.Generator().manual_seed(0)
+    own = copy_generator(generator) if generator is not None else torch.Generator().manual_seed(0)
     x0, y0 = tree.detach(x0), tree.detach(y0)
     method = algorithm.resolve(problem, x0, y0, max_steps=max_steps)
     return method, Run(method.init(problem, x0, y0, generator=own))

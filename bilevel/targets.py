@@ -185,11 +185,17 @@ def _blame(file: Path, what: str) -> Iterator[None]:
 def describe_error(error: BaseException, file: Path | None) -> str:
     """Type and message of ``error``, after the deepest line of ``file`` that it passed through."""
     text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    where = locate(error, file)
+    return f"{where}: {text}" if where else text
+
+
+def locate(error: BaseException | None, file: Path | None) -> str:
+    """``FILE:LINE`` of the deepest line of ``file`` that ``error`` or its causes passed through, or nothing."""
     if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}: {text}"
-    line, cause = None, error
-    while cause is not None:
-        frames = [f for f in traceback.extract_tb(cause.__traceback__) if file is not None and f.filename == str(file)]
-        line = frames[-1].lineno if frames else line
-        cause = cause.__cause__
-    return f"{file}:{line}: {text}" if line is not None else text
+        return f"{error.filename}:{error.lineno}"
+    found = ""
+    while error is not None and file is not None:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        found = f"{file}:{frames[-1].lineno}" if frames else found
+        error = error.__cause__
+    return found

@@ -10,6 +10,7 @@ Conventions: ``g(x, y)`` is a scalar; ``mixed_vjp`` is :math:`\\nabla^2_{xy} g\\
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,9 @@ def require_scalar(value: object, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must return a scalar tensor, got {type(value).__name__}; return a torch.Tensor")
     if value.numel() != 1:
-        raise ValueError(f"{name} must return a scalar, got shape {tuple(value.shape)}; reduce it with .mean() or .sum()")
+        raise ValueError(
+            f"{name} must return a scalar, got shape {tuple(value.shape)}; reduce it with .mean() or .sum()"
+        )
     return value.reshape(())
 
 
@@ -120,21 +123,27 @@ class GradientGraph:
         return self._product((self.x, self.y), v)
 
 
+def vjp(fn: Callable[..., Any], *points: Any) -> tuple[Any, Callable[..., Any]]:
+    """Value and pullback of ``fn`` at ``points``, as ``torch.func.vjp``."""
+    found = torch.func.vjp(fn, *points)
+    return found[0], found[1]
+
+
 def hvp(fn: ScalarFunction, y: Tree, v: Tree) -> Tree:
     """:math:`\\nabla^2 \\mathrm{fn}(y)\\, v` by reverse over reverse with ``torch.func``; differentiable again."""
-    _, pullback = torch.func.vjp(torch.func.grad(fn), y)
+    _, pullback = vjp(torch.func.grad(fn), y)
     return pullback(_match(v, y))[0]
 
 
 def mixed_vjp(fn: ScalarFunction, x: Tree, y: Tree, v: Tree) -> Tree:
     """:math:`\\nabla^2_{xy} \\mathrm{fn}(x, y)\\, v` with ``torch.func``; differentiable again."""
-    _, pullback = torch.func.vjp(lambda p: torch.func.grad(fn, argnums=1)(p, y), x)
+    _, pullback = vjp(lambda p: torch.func.grad(fn, argnums=1)(p, y), x)
     return pullback(_match(v, y))[0]
 
 
 def joint_product(fn: ScalarFunction, x: Tree, y: Tree, v: Tree) -> tuple[Tree, Tree]:
     """:math:`(\\nabla^2_{xy}\\, v, \\nabla^2_{yy}\\, v)` of ``fn(x, y)`` from one reverse pass with ``torch.func``."""
-    _, pullback = torch.func.vjp(torch.func.grad(fn, argnums=1), x, y)
+    _, pullback = vjp(torch.func.grad(fn, argnums=1), x, y)
     product_x, product_y = pullback(_match(v, y))
     return product_x, product_y
 

@@ -166,7 +166,13 @@ class _Gram(LinearOperator):
 
 
 def _first_order_bound(
-    upper: ScalarFunction, lower: ScalarFunction, x: Tree, y: Tree, graph: GradientGraph, linear: LinearSolution, mu: float
+    upper: ScalarFunction,
+    lower: ScalarFunction,
+    x: Tree,
+    y: Tree,
+    graph: GradientGraph,
+    linear: LinearSolution,
+    mu: float,
 ) -> float:
     """With phi(x, y) = f - <grad_y g, v>, v fixed: the derivative of h in y has norm at most
     ``||phi_xy|| + ||g_xy|| ||phi_yy|| / mu``, and the linear residual enters through ``||g_xy|| / mu``."""

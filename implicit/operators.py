@@ -79,7 +79,7 @@ class LinearOperator(ABC):
         return tree.unravel(self.flat_mv(tree.ravel(tree.map(lambda _, leaf: leaf, self.like, v))), self.like)
 
     @property
-    def T(self) -> "LinearOperator":  # noqa: N802
+    def T(self) -> "LinearOperator":
         """The transpose.
 
         Raises:
@@ -96,14 +96,16 @@ class LinearOperator(ABC):
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator`` over ravelled numpy vectors."""
-        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+        import scipy.sparse.linalg
+
+        make: Any = scipy.sparse.linalg.LinearOperator  # its stub describes the subclassing form only
 
         def matvec(v: np.ndarray) -> np.ndarray:
             flat = torch.as_tensor(np.ascontiguousarray(v).reshape(-1), dtype=self.dtype, device=self.device)
             return self.flat_mv(flat).detach().cpu().numpy()
 
         dtype = torch.zeros(0, dtype=self.dtype).numpy().dtype
-        return ScipyOperator(self.shape, matvec=matvec, rmatvec=matvec if self.symmetric else None, dtype=dtype)
+        return make(self.shape, matvec=matvec, rmatvec=matvec if self.symmetric else None, dtype=dtype)
 
 
 class Hessian(LinearOperator):
@@ -185,7 +187,7 @@ class Dense(LinearOperator):
         return rows @ self.matrix.T
 
     @property
-    def T(self) -> LinearOperator:  # noqa: N802
+    def T(self) -> LinearOperator:
         return self if self.symmetric else Dense(self.matrix.T, self.like, symmetric=False)
 
 
@@ -211,7 +213,7 @@ class Shifted(LinearOperator):
         return torch.add(self.operator.flat_mv(vector), vector, alpha=self.shift)
 
     @property
-    def T(self) -> LinearOperator:  # noqa: N802
+    def T(self) -> LinearOperator:
         return self if self.symmetric else Shifted(self.operator.T, self.shift)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from implicit import tree
+from implicit.derivatives import vjp
 from implicit.linear_solvers import CG, LinearSolver
 from implicit.linear_solvers.base import default_rtol
 from implicit.linear_solvers.lu import LU
@@ -58,18 +59,18 @@ class _Derivative(LinearOperator):
         super().__init__(y)
         self.setup, self.y, self.theta, self.transposed = setup, y, theta, transposed
         self.symmetric = self.positive_definite = setup.symmetric
-        _, self._pullback = torch.func.vjp(lambda *q: setup.evaluate(q, theta), *y)
+        _, self._pullback = vjp(lambda *q: setup.evaluate(q, theta), *y)
 
     def mv(self, v: Tree) -> Tree:
         if self.transposed or self.symmetric:
             return self._pullback(tuple(v))
         # A w is the transpose of the pullback, which is linear: forward mode is not needed.
         zeros = tuple(torch.zeros_like(leaf) for leaf in self.y)
-        _, push = torch.func.vjp(self._pullback, zeros)
+        _, push = vjp(self._pullback, zeros)
         return push(tuple(v))[0]
 
     @property
-    def T(self) -> LinearOperator:  # noqa: N802
+    def T(self) -> LinearOperator:
         if self.symmetric:
             return self
         return _Derivative(self.setup, self.y, self.theta, transposed=not self.transposed)
@@ -110,10 +111,10 @@ class _LinearSolve(torch.autograd.Function):
         left, right = (u, w) if transposed else (w, u)
 
         def product(*point: Tensor) -> tuple[Tensor, ...]:
-            _, pullback = torch.func.vjp(lambda *q: setup.evaluate(q, point[n:]), *point[:n])
+            _, pullback = vjp(lambda *q: setup.evaluate(q, point[n:]), *point[:n])
             return pullback(tuple(left))
 
-        _, pull = torch.func.vjp(product, *y, *theta)
+        _, pull = vjp(product, *y, *theta)
         point_grads = [-g for g in pull(tuple(right))]
         return (None, None, None, *w, *point_grads)
 
@@ -140,7 +141,7 @@ class _Root(torch.autograd.Function):
         n = setup.start_count
         y, theta = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         u = _LinearSolve.apply(setup, True, n, *[-c for c in cotangents], *y, *theta)
-        _, pull = torch.func.vjp(lambda *t: setup.evaluate(y, t), *theta)
+        _, pull = vjp(lambda *t: setup.evaluate(y, t), *theta)
         return (None, *([None] * n), *pull(tuple(u)))
 
 
@@ -188,9 +189,7 @@ def custom_root(
             # Labels and masks have no gradient, and torch.func refuses to look for one.
             slots = tuple(i for i, v in enumerate(values) if isinstance(v, Tensor) and v.is_floating_point())
             statics = tuple(None if i in slots else v for i, v in enumerate(values))
-            setup = _Setup(
-                residual, solver, chosen, symmetric, start_spec, len(start), theta_spec, statics, slots
-            )
+            setup = _Setup(residual, solver, chosen, symmetric, start_spec, len(start), theta_spec, statics, slots)
             found = _Root.apply(setup, *[s.detach() for s in start], *[values[i] for i in slots])
             return tree.unflatten(found, start_spec)
 

@@ -13,6 +13,10 @@ import torch
 import torch.utils._pytree as _pytree
 from torch import Tensor
 
+# The stubs do not export these, optimizers in torch itself are built on them.
+_foreach_add, _foreach_sub = torch._foreach_add, torch._foreach_sub  # pyright: ignore[reportPrivateImportUsage]
+_foreach_norm, _foreach_copy_ = torch._foreach_norm, torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
 Tree = Any
 """A tensor or a nesting of containers with tensors at the leaves."""
 Structure = _pytree.TreeSpec
@@ -93,7 +97,7 @@ def norm(tree: Tree) -> Tensor:
         return torch.zeros(())
     if len(values) == 1:
         return torch.linalg.vector_norm(values[0])
-    return torch.linalg.vector_norm(torch.stack([n.to(values[0].device) for n in torch._foreach_norm(values)]))
+    return torch.linalg.vector_norm(torch.stack([n.to(values[0].device) for n in _foreach_norm(values)]))
 
 
 def max_abs(tree: Tree) -> Tensor:
@@ -112,13 +116,13 @@ def size(tree: Tree) -> int:
 def add(a: Tree, b: Tree) -> Tree:
     """``a + b``."""
     own, spec = flatten(a)
-    return unflatten(torch._foreach_add(own, aligned_leaves(b, spec)), spec) if own else a
+    return unflatten(_foreach_add(own, aligned_leaves(b, spec)), spec) if own else a
 
 
 def sub(a: Tree, b: Tree) -> Tree:
     """``a - b``."""
     own, spec = flatten(a)
-    return unflatten(torch._foreach_sub(own, aligned_leaves(b, spec)), spec) if own else a
+    return unflatten(_foreach_sub(own, aligned_leaves(b, spec)), spec) if own else a
 
 
 def scale(alpha: float | Tensor, tree: Tree) -> Tree:
@@ -176,7 +180,7 @@ def copy_(target: Tree, source: Tree) -> None:
     own, spec = flatten(target)
     if own:
         with torch.no_grad():
-            torch._foreach_copy_(own, aligned_leaves(source, spec))
+            _foreach_copy_(own, aligned_leaves(source, spec))
 
 
 def where(flag: Tensor, new: Tree, old: Tree) -> Tree:

@@ -1,4 +1,4 @@
-"""A test problem as a public object: declaration, start, exact answer where one is known, and who asks what how often."""
+"""A test problem as a public object: declaration, start, exact answer, and how often its objectives are called."""
 
 import functools
 from collections.abc import Callable

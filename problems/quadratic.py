@@ -19,7 +19,9 @@ def _matrices(
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     basis = torch.linalg.qr(normal(m, m))[0]
-    eigenvalues = torch.logspace(0, torch.log10(torch.tensor(condition, dtype=torch.float64)).item(), m, dtype=torch.float64)
+    eigenvalues = torch.logspace(
+        0, torch.log10(torch.tensor(condition, dtype=torch.float64)).item(), m, dtype=torch.float64
+    )
     matrix = (basis * eigenvalues) @ basis.T
     parts = ((matrix + matrix.T) / 2, normal(m, n), normal(m), normal(m), normal(n), 0.3 * normal(n, m))
     return tuple(p.to(dtype) for p in parts)  # type: ignore[return-value]
@@ -59,7 +61,10 @@ def _build(n: int, m: int, condition: float, seed: int, dtype: torch.dtype, devi
     return Case(
         name="quadratic",
         problem=BilevelProblem(counter.watch("upper", upper), counter.watch("lower", lower), name="quadratic"),
-        start=(shape_x(torch.zeros(n, dtype=dtype, device=device)), shape_y(torch.zeros(m, dtype=dtype, device=device))),
+        start=(
+            shape_x(torch.zeros(n, dtype=dtype, device=device)),
+            shape_y(torch.zeros(m, dtype=dtype, device=device)),
+        ),
         source="closed form: y* = H^-1 (B x + c), grad F affine in x",
         x_star=shape_x(x_star),
         y_star=shape_y(y_star),
@@ -70,7 +75,13 @@ def _build(n: int, m: int, condition: float, seed: int, dtype: torch.dtype, devi
 
 @register("quadratic", "coupled quadratics, condition 10, one linear solve away from the answer", "exact")
 def quadratic(
-    *, n: int = 5, m: int = 8, condition: float = 10.0, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu"
+    *,
+    n: int = 5,
+    m: int = 8,
+    condition: float = 10.0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> Case:
     """g = y'Hy/2 - y'(Bx + c), f = |y - a|²/2 + |x - b|²/2 + x'Dy."""
     return _build(n, m, condition, seed, dtype, device, split=False)
@@ -78,7 +89,13 @@ def quadratic(
 
 @register("quadratic_ill_conditioned", "the same with lower condition number 1e4", "exact", "ill-conditioned")
 def quadratic_ill_conditioned(
-    *, n: int = 5, m: int = 20, condition: float = 1e4, seed: int = 1, dtype: torch.dtype = torch.float64, device: str = "cpu"
+    *,
+    n: int = 5,
+    m: int = 20,
+    condition: float = 1e4,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> Case:
     """The coupled quadratic with eigenvalues of g_yy from 1 to 1e4."""
     return _build(n, m, condition, seed, dtype, device, split=False)

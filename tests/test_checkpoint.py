@@ -16,7 +16,12 @@ from implicit.checkpoint import FORMAT, decode_method, encode_method
 
 def content(step: int) -> dict:
     generator = torch.Generator().manual_seed(step)
-    return {"format": FORMAT, "step": step, "x": torch.randn(50, generator=generator), "history": [{"step": 1, "v": 2.5}]}
+    return {
+        "format": FORMAT,
+        "step": step,
+        "x": torch.randn(50, generator=generator),
+        "history": [{"step": 1, "v": 2.5}],
+    }
 
 
 @pytest.fixture
@@ -171,7 +176,9 @@ def test_what_has_no_public_name_is_refused_with_the_cure() -> None:
         encode_method({1: 2})
 
 
-@pytest.mark.parametrize("name", ["os:system", "torch:load", "implicit:nothing", "implicit:iterate", "builtins:eval", "x"])
+@pytest.mark.parametrize(
+    "name", ["os:system", "torch:load", "implicit:nothing", "implicit:iterate", "builtins:eval", "x"]
+)
 def test_only_public_classes_are_built(name) -> None:
     with pytest.raises(ValueError, match="the checkpoint names .* which this version does not have"):
         decode_method({"class": name, "fields": {}})

@@ -584,6 +584,15 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
         run("run quadratic --max-steps 1")
 
 
+def test_a_bug_after_the_first_step_is_not_called_misuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: bilevel.Progress, info: StepInfo) -> None:
+        raise TypeError("a bug in a callback")
+
+    monkeypatch.setattr(bilevel.Progress, "__call__", broken)
+    with pytest.raises(TypeError, match="a bug in a callback"):
+        run("run quadratic --max-steps 1")
+
+
 def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("odd.py").write_text(
         "import bilevel, torch\nx0 = y0 = torch.zeros(2)\n"
@@ -613,9 +622,10 @@ def test_nan_during_a_run(algorithm: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_an_exception_during_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("solve my.py:late_nan --algorithm Penalty --set kind=raise --set after=900 --rtol 0 --out e") == 1
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "interrupt" not in out
     line = 1 + MY_FILE.splitlines().index('                raise RuntimeError("the simulator lost its licence")')
-    for word in ("bilevel: error: step ", f"my.py:{line}", "the simulator lost its licence", "is in e"):
+    for word in ("bilevel: error: ", f"my.py:{line}: ", "the simulator lost its licence", "is in e"):
         assert word in err
     assert "Traceback" not in err
     found = result("e")
@@ -642,7 +652,7 @@ def test_ctrl_c_stops_cleanly() -> None:
 
 
 def test_a_killed_case_resumes_bitwise(capsys: pytest.CaptureFixture[str]) -> None:
-    command = "run quadratic --algorithm Penalty --rtol 0 --max-steps 160 --set n=4 --seed 3"
+    command = "run quadratic --algorithm Penalty --rtol 0 --max-steps 160 --set n=4 --set momentum=0.8 --seed 3"
     process = child(f"{command} --checkpoint-every 20 --out killed")
     wait_for(Path("killed/run.pt.previous").exists, process)
     process.kill()
@@ -712,6 +722,21 @@ def test_resume_refuses_another_run(arguments: str, words: list[str], capsys: py
     for word in words:
         assert word in err
     assert Path("d/result.json").read_bytes() == before
+
+
+def test_data_may_have_moved_when_a_run_is_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def factory(*, data_dir: str | None = None, n: int = 5) -> problems.Case:
+        base = problems.case("quadratic", n=n)
+        return problems.Case(name="t", problem=base.problem, start=base.start, source=f"{data_dir}")
+
+    monkeypatch.setitem(_ENTRIES, "filed", problems.Entry("filed", factory, "", frozenset()))
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    assert run("run filed --data-dir old --set n=4 --max-steps 2 --quiet --out d") == 0
+    assert result("d")["source"] == str(tmp_path / "old")
+    assert run("run filed --data-dir new --max-steps 4 --resume --quiet --out d") == 0
+    found = result("d")
+    assert (found["source"], found["steps"], found["settings"]["n"]) == (str(tmp_path / "new"), 4, 4)
 
 
 def test_resume_of_a_changed_file_warns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -844,6 +869,13 @@ def test_plot_of_one_and_of_several(capsys: pytest.CaptureFixture[str]) -> None:
     assert pixels(two, orange) > 100
 
 
+def test_runs_with_one_name_are_told_apart() -> None:
+    for out in ("a", "b"):
+        assert run(f"run quadratic --max-steps 1 --quiet --out {out}") == 0
+    labels = [curve.label for curve in picture.read_curves([Path("a"), Path("b")])]
+    assert labels == ["quadratic, ImplicitGradient (a)", "quadratic, ImplicitGradient (b)"]
+
+
 def test_curves_read_back_what_was_written() -> None:
     assert run("run quadratic --quiet --out d") == 0
     curve = picture.read_curve(Path("d"))
@@ -862,6 +894,16 @@ def test_curves_read_back_what_was_written() -> None:
 )
 def test_log_axes_only_where_they_help(values: list[list[float]], expected: bool) -> None:
     assert picture._wants_log(values) is expected
+
+
+def test_only_rough_curves_get_a_running_mean() -> None:
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(0)).tolist()
+    mean = picture._running_mean(noise)
+    assert mean is not None
+    assert mean[100] == pytest.approx(sum(noise[90:111]) / 21)
+    assert picture._running_mean([1.0 / (i + 1) for i in range(200)]) is None
+    assert picture._running_mean(noise[:30]) is None
+    assert picture._running_mean([*noise, float("nan")]) is None
 
 
 def test_histories_with_nan_or_nothing_can_be_drawn(tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ def test_penalty_stays_within_twice_its_measured_bias(name: str) -> None:
 def test_counts_agree_with_the_cases_own_counter(algorithm: str, name: str) -> None:
     case = problems.case(name)
     before = case.counter.upper, case.counter.lower
-    method = bilevel.algorithm(algorithm)(lower_curvature=10.0) if algorithm == "Penalty" else bilevel.ImplicitGradient()
+    method = (
+        bilevel.algorithm(algorithm)(lower_curvature=10.0) if algorithm == "Penalty" else bilevel.ImplicitGradient()
+    )
     resolved = method.resolve(case.problem, *case.start)
     state = resolved.init(case.problem, *case.start)
     before = case.counter.upper - state.counts["upper"], case.counter.lower - state.counts["lower"]

@@ -114,7 +114,9 @@ def test_a_plain_loader_works_but_does_not_resume(tmp_path: Any) -> None:
     solution = bilevel.solve(problem, bilevel.Penalty(), ZERO, ZERO, max_steps=20)
     assert solution.steps == 20
     assert solution.checkpoint == {}
-    with pytest.raises(TypeError, match=r"lower_data: DataLoader has no state_dict and cannot be resumed.*StatefulDataLoader"):
+    with pytest.raises(
+        TypeError, match=r"lower_data: DataLoader has no state_dict and cannot be resumed.*StatefulDataLoader"
+    ):
         bilevel.solve(problem, bilevel.Penalty(), ZERO, ZERO, callbacks=[bilevel.SaveCheckpoint(tmp_path / "a.pt")])
 
 
@@ -127,7 +129,9 @@ class StatefulLoader:
     def __iter__(self) -> Any:
         while self.at < 9:
             start, self.at = self.at, self.at + 3
-            yield [torch.stack(column) for column in zip(*(self.dataset[i] for i in range(start, start + 3)), strict=True)]
+            yield [
+                torch.stack(column) for column in zip(*(self.dataset[i] for i in range(start, start + 3)), strict=True)
+            ]
         self.at = 0
 
     def state_dict(self) -> dict[str, int]:

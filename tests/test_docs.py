@@ -50,7 +50,12 @@ def test_the_readme_shell_commands_work(tmp_path: Path) -> None:
     arguments = commands[0].split()[1:]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "bilevel", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bilevel", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "CONVERGED" in done.stdout

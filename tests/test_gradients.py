@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.func import grad, jacrev
 
 import implicit
 from implicit import CG, Cholesky, ConvergenceWarning, GradientGraph, tree
@@ -167,6 +168,18 @@ def test_estimate_of_a_lower_level_stopped_early(setting: Setting, solver: Linea
     assert found.lower_residual == pytest.approx(float(g.gradient(x, tree.ravel(y), 1).norm()), rel=1e-9)
 
 
+def test_estimate_is_exact_for_a_quadratic_lower_level() -> None:
+    """The Newton correction lands on the solution however far it is."""
+    setting = setting_of("ridge")
+    y, true = stopped_early(setting, 55, 30.0)
+    assert true > float(setting.dense().norm())
+    with pytest.warns(ConvergenceWarning):
+        found = implicit.hypergradient(setting.upper, setting.lower, setting.x, y, linear_solver=Cholesky()).accuracy
+    assert found is not None
+    assert found.error == pytest.approx(true, rel=1e-9)
+    assert found.lower_error == pytest.approx(30.0, rel=1e-9)
+
+
 @pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-4])
 def test_estimate_of_a_linear_system_stopped_early(setting: Setting, rtol: float) -> None:
     with warnings.catch_warnings():
@@ -204,16 +217,33 @@ def test_bound_under_declared_strong_convexity(rtol: float, size: float) -> None
         assert report.lower_error >= size * (1 - 1e-9)
 
 
-def test_bound_is_attained_on_a_scalar_problem() -> None:
-    """g = m (y - x)²/2, f = y²/2: h = y, so the error of h is that of y."""
-    mass, x = 3.0, torch.tensor(1.0)
-    with pytest.warns(ConvergenceWarning):
+@pytest.mark.parametrize("rtol", [1e-10, 1e-2])
+def test_bound_by_dense_norms(setting: Setting, rtol: float) -> None:
+    """(|phi_xy| + |g_xy| |phi_yy| / mu) |g_y| / mu + |g_xy| |r| / mu with phi = f - <g_y, v> and spectral norms."""
+    y, _ = stopped_early(setting, 70, 1e-4)
+    f, g, x, _ = setting.flat
+    at = x, tree.ravel(y)
+    mu = 0.5 * float(torch.linalg.eigvalsh(g.hessian(*at))[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
         found = implicit.hypergradient(
-            lambda x, y: y**2 / 2, lambda x, y: mass * (y - x) ** 2 / 2, x, torch.tensor(1.25), strong_convexity=mass
+            setting.upper, setting.lower, setting.x, y, linear_solver=CG(rtol=rtol), strong_convexity=mu
         )
+    v = tree.ravel(found.adjoint)
+
+    def phi(p: Tensor, q: Tensor) -> Tensor:
+        return f(p, q) - g.gradient(p, q, 1) @ v
+
+    def norm(matrix: Tensor) -> float:
+        return float(torch.linalg.matrix_norm(matrix, ord=2))
+
+    phi_xy = norm(jacrev(grad(phi, argnums=1), argnums=0)(*at))
+    phi_yy = norm(jacrev(grad(phi, argnums=1), argnums=1)(*at))
+    g_xy, residual = norm(g.mixed(*at)), float((f.gradient(*at, 1) - g.hessian(*at) @ v).norm())
+    lower_residual = float(g.gradient(*at, 1).norm())
+    expected = (phi_xy + g_xy * phi_yy / mu) * lower_residual / mu + g_xy * residual / mu
     assert found.accuracy is not None
-    assert found.accuracy.error == pytest.approx(0.25)
-    assert found.accuracy.lower_error == pytest.approx(0.25)
+    assert found.accuracy.error == pytest.approx(expected, rel=1e-5)
 
 
 def test_warning_where_the_lower_level_is_not_solved() -> None:
@@ -233,8 +263,9 @@ def test_warning_where_the_lower_level_is_not_solved() -> None:
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_warning_where_the_report_is_not_finite(broken: float) -> None:
+    one = torch.tensor(1.0)
     with pytest.warns(ConvergenceWarning):
-        implicit.hypergradient(lambda x, y: broken * y, lambda x, y: (y - x) ** 2, torch.tensor(1.0), torch.tensor(1.0))
+        implicit.hypergradient(lambda x, y: broken * x + y, lambda x, y: (y - x) ** 2, one, one)
 
 
 def test_an_indefinite_lower_level_is_reported() -> None:

@@ -1,4 +1,4 @@
-"""Imports point one way, one module alone touches torch's private pytrees, and a stranger called `implicit` is noticed."""
+"""Imports point one way, one module alone uses torch's private pytrees, and a stranger called `implicit` is noticed."""
 
 import ast
 import subprocess

@@ -34,9 +34,21 @@ def test_a_sound_problem_passes_silently() -> None:
 DECLARATIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: BilevelProblem(None, g), TypeError, r"upper must be a function of \(x, y\), got NoneType"),  # type: ignore[arg-type]
     (lambda: BilevelProblem(f, 3), TypeError, r"lower must be a function"),  # type: ignore[arg-type]
-    (lambda: BilevelProblem(f, g, lower_data=torch.ones(3)), TypeError, r"lower_data must be bilevel.Batches.*Batches\(data\)"),  # type: ignore[arg-type]
-    (lambda: BilevelProblem(f, g, upper_data=Batches(torch.ones(3))), TypeError, r"upper_data is declared.*def upper\(x, y, \*, batch\)"),
-    (lambda: BilevelProblem(f, lambda x, y, *, batch: g(x, y)), TypeError, r"lower takes a batch, but lower_data is not declared"),
+    (
+        lambda: BilevelProblem(f, g, lower_data=torch.ones(3)),
+        TypeError,
+        r"lower_data must be bilevel.Batches.*Batches\(data\)",
+    ),  # type: ignore[arg-type]
+    (
+        lambda: BilevelProblem(f, g, upper_data=Batches(torch.ones(3))),
+        TypeError,
+        r"upper_data is declared.*def upper\(x, y, \*, batch\)",
+    ),
+    (
+        lambda: BilevelProblem(f, lambda x, y, *, batch: g(x, y)),
+        TypeError,
+        r"lower takes a batch, but lower_data is not declared",
+    ),
     (lambda: BilevelProblem(f, g, upper_set="box"), TypeError, r"upper_set must be a set from constrained, got str"),  # type: ignore[arg-type]
     (lambda: BilevelProblem(f, g, metrics={"m": 3}), TypeError, r"metrics\['m'\] must be a function"),  # type: ignore[dict-item]
     (lambda: BilevelProblem(f, g, strong_convexity=0.0), ValueError, r"strong_convexity must be positive"),
@@ -66,7 +78,14 @@ POINTS: list[tuple[Any, Any, Any, Any, type[Exception], str]] = [
     (lambda x, y: 3.0, g, X0, Y0, TypeError, r"upper must return a scalar tensor.*got float"),
     (f, lambda x, y: g(x, y) + float("nan"), X0, Y0, ValueError, r"lower\(x0, y0\) is nan"),
     (f, lambda x, y: y.abs().sqrt().sum() + g(x, y), X0, Y0, ValueError, r"gradient of lower in y is not finite"),
-    (f, lambda x, y: (y @ torch.ones(4)).sum(), X0, Y0, ValueError, r"lower\(x, y\) failed with RuntimeError.*y: tensor \(3,\)"),
+    (
+        f,
+        lambda x, y: (y @ torch.ones(4)).sum(),
+        X0,
+        Y0,
+        ValueError,
+        r"lower\(x, y\) failed with RuntimeError.*y: tensor \(3,\)",
+    ),
 ]
 
 

@@ -27,7 +27,9 @@ def build(data: str) -> tuple[bilevel.BilevelProblem, torch.Tensor, torch.Tensor
     """Ridge with one log-penalty per feature, on full data or minibatches."""
     g = torch.Generator().manual_seed(3)
     features = torch.randn(60, 6, generator=g, dtype=torch.float64)
-    targets = features @ torch.randn(6, generator=g, dtype=torch.float64) + torch.randn(60, generator=g, dtype=torch.float64)
+    targets = features @ torch.randn(6, generator=g, dtype=torch.float64) + torch.randn(
+        60, generator=g, dtype=torch.float64
+    )
     size = None if data == "full" else 8
     problem = bilevel.BilevelProblem(
         lambda x, y, *, batch: ((batch["a"] @ y - batch["t"]) ** 2).mean() / 2 + 5e-3 * ((x + 2) ** 2).sum(),

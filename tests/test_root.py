@@ -151,6 +151,9 @@ def test_nonsymmetric_root() -> None:
     theta = torch.tensor([1.3, 1.0, -0.5, 2.0], requires_grad=True)
     assert gradcheck(solve, theta)
     assert gradgradcheck(solve, theta, gen_non_contig_grad_outputs=True)
+    assert gradgradcheck(  # third derivatives
+        lambda t: torch.autograd.grad((normal(40, 4) * solve(t)).sum(), t, create_graph=True)[0], theta
+    )
     at = solve(theta).detach(), theta.detach()
     in_y = jacrev(flat_residual)(*at)
     assert float((in_y - in_y.T).abs().max()) > 1

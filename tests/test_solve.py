@@ -127,10 +127,11 @@ def test_a_step_into_a_nan_region_is_shortened_not_failed() -> None:
 
 def test_an_indefinite_lower_level_is_reported() -> None:
     problem = BilevelProblem(
-        lambda x, y: (y**2).sum() + (x**2).sum(), lambda x, y: (y[0] - x) ** 2 - 1e-3 * (y[1] - 1) ** 2 + (y[1] - 1) ** 4
+        lambda x, y: (y**2).sum() + (x**2).sum(),
+        lambda x, y: (y[0] - x) ** 2 - 1e-3 * (y[1] - 1) ** 2 + (y[1] - 1) ** 4,
     )
     y0 = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    with pytest.raises(bilevel.SolveError, match="LINEAR_SOLVE_FAILED.*not positive definite"):
+    with pytest.raises(bilevel.SolveError, match=r"LINEAR_SOLVE_FAILED.*not positive definite"):
         bilevel.solve(problem, bilevel.ImplicitGradient(), ZERO, y0)
 
 
@@ -203,7 +204,15 @@ def test_upper_sets_against_scipy(chosen: Any) -> None:
     }.get(type(chosen).__name__, [])
     bounds = {"Box": [(-0.2, 0.3)] * 4, "Simplex": [(0, None)] * 4}.get(type(chosen).__name__)
     x0 = chosen.project(case.start[0]).numpy()
-    found = minimize(pair, x0, jac=True, method="SLSQP", bounds=bounds, constraints=constraints, options={"ftol": 1e-15, "maxiter": 500})
+    found = minimize(
+        pair,
+        x0,
+        jac=True,
+        method="SLSQP",
+        bounds=bounds,
+        constraints=constraints,
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
     assert float((solution.x - torch.tensor(found.x)).norm()) < 1e-6
     assert chosen.contains(solution.x)
 
@@ -228,7 +237,14 @@ def ridge(batch: int | None) -> tuple[BilevelProblem, BilevelProblem, torch.Tens
     return build(batch), build(None), torch.full((8,), -2.0), torch.zeros(8)
 
 
-@pytest.mark.parametrize("algorithm", [bilevel.ImplicitGradient(), bilevel.Penalty(), bilevel.ImplicitGradient(upper_optimizer=torch.optim.Adam, upper_options={"lr": 1e-2})])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        bilevel.ImplicitGradient(),
+        bilevel.Penalty(),
+        bilevel.ImplicitGradient(upper_optimizer=torch.optim.Adam, upper_options={"lr": 1e-2}),
+    ],
+)
 def test_minibatches_come_close_to_the_full_answer(algorithm: Any) -> None:
     noisy, full, x0, y0 = ridge(20)
     exact = bilevel.solve(full, bilevel.ImplicitGradient(), x0, y0)
@@ -319,8 +335,9 @@ def test_modules_give_the_same_answer_as_functions(algorithm: Any) -> None:
     problem = bilevel.from_modules(
         upper=weigher,
         lower=model,
-        upper_loss=lambda up, low: ((low(a[20:])[:, 0] - t[20:]) ** 2).mean() / 2
-        + prior * ((up.parameters["log_penalty"] + 1) ** 2).sum(),
+        upper_loss=lambda up, low: (
+            ((low(a[20:])[:, 0] - t[20:]) ** 2).mean() / 2 + prior * ((up.parameters["log_penalty"] + 1) ** 2).sum()
+        ),
         lower_loss=lambda up, low: ((low(a[:20])[:, 0] - t[:20]) ** 2).mean() / 2 + up(low.parameters["weight"]),
     )
     plain = BilevelProblem(
@@ -356,8 +373,9 @@ def test_modules_with_buffers_and_tied_weights() -> None:
         upper=torch.zeros(()),
         lower=module,
         upper_loss=lambda x, net: (net(inputs) ** 2).mean() + 0.1 * x**2,
-        lower_loss=lambda x, net: ((net(inputs) - inputs) ** 2).mean()
-        + x.exp() * sum((p**2).sum() for p in net.parameters.values()),
+        lower_loss=lambda x, net: (
+            ((net(inputs) - inputs) ** 2).mean() + x.exp() * sum((p**2).sum() for p in net.parameters.values())
+        ),
     )
     assert set(problem.start[1]) == {"first.weight", "norm.weight", "norm.bias"}
     solution = bilevel.solve(problem, bilevel.ImplicitGradient(), max_steps=3, raise_on_failure=False)

@@ -98,7 +98,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
     upper_options: Mapping[str, Any] = field(default_factory=dict)
     lower_steps: int = 1
     lower_step_size: float | None = None
-    step_size: PathEfficiency = PathEfficiency()
+    step_size: PathEfficiency = field(default_factory=PathEfficiency)
     momentum: float = 0.9
 
     guarantee: ClassVar[str] = "EXACT"
@@ -173,7 +173,11 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
 
     @staticmethod
     def _upper_method(problem: BilevelProblem) -> Minimizer[Any]:
-        return LBFGS(rtol=0.0, first_length=0.1) if problem.upper_set.is_whole_space else SpectralProjectedGradient(rtol=0.0)
+        return (
+            LBFGS(rtol=0.0, first_length=0.1)
+            if problem.upper_set.is_whole_space
+            else SpectralProjectedGradient(rtol=0.0)
+        )
 
     def _evaluate(self, problem: BilevelProblem, state: ImplicitGradientState, x: Tree) -> _Point | None:
         """F and its gradient at x, lower level and adjoint warm-started from the state; None if that fails."""

@@ -85,7 +85,13 @@ def normalised_step(problem: BilevelProblem, x: Tree, direction: Tree, length: T
     return problem.upper_set.project(tree.axpy(-length / torch.where(size > 0, size, 1.0), direction, x))
 
 
-def commit(state: BilevelState, inner: MinibatchState, rule: PathEfficiency | None, updates: dict[str, Tree], lost: Tensor | None = None) -> Tensor:
+def commit(
+    state: BilevelState,
+    inner: MinibatchState,
+    rule: PathEfficiency | None,
+    updates: dict[str, Tree],
+    lost: Tensor | None = None,
+) -> Tensor:
     """Write finite updates, refuse others, on the device; returns whether they were finite.
 
     ``lost`` tells the step rule that the lower level has lost track of x.

@@ -6,7 +6,7 @@ Source: Chen, Ma, Zhang, "Near-optimal nonconvex-strongly-convex bilevel optimiz
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -85,9 +85,7 @@ class _Pair:
 _Result = tuple[_Pair, Tensor, dict[str, Tensor], Tree]
 
 
-def _descend(
-    problem: BilevelProblem, fn: Callable[[Tree], Tensor], point: Tree, step: Tensor
-) -> tuple[Tree, Tree]:
+def _descend(problem: BilevelProblem, fn: Callable[[Tree], Tensor], point: Tree, step: Tensor) -> tuple[Tree, Tree]:
     """One projected gradient step, and the gradient it took."""
     _, slope = value_and_gradient(fn, point)
     return problem.lower_set.project(tree.axpy(-step, slope, point)), slope
@@ -110,7 +108,7 @@ class Penalty(Algorithm[PenaltyState]):
     Args:
         penalty: p; None means ``100 max(1, L_f / mu)``, at most 1e3 in float32.
         lower_steps: T; None means 10 on full data, 5 on minibatches.
-        lower_chunks: on full data the T steps are repeated, at most so many times, until G changes by less than a tenth.
+        lower_chunks: on full data the T steps are repeated, at most so many times, until G changes by under a tenth.
         lower_curvature: L_g; None measures it. It is raised when the path shows more.
         lower_condition: ``L_g / mu``, which sets the acceleration on full data; None measures it, 1 turns it off.
         upper_curvature: L_f; None measures it.
@@ -129,7 +127,7 @@ class Penalty(Algorithm[PenaltyState]):
     lower_condition: float | None = None
     upper_curvature: float | None = None
     lower_decay: float | None = 20.0
-    step_size: PathEfficiency = PathEfficiency()
+    step_size: PathEfficiency = field(default_factory=PathEfficiency)
     momentum: float = 0.9
 
     guarantee: ClassVar[str] = "BIAS"
