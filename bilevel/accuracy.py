@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from bilevel.oracle import Oracle
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Accuracy
-from implicit import LinearSolver, NewtonCG, SpectralProjectedGradient, tree
+from implicit import CG, LBFGS, LinearSolver, NewtonCG, SpectralProjectedGradient, tree
 from implicit.derivatives import value_and_gradient
 from implicit.hypergradient import Hypergradient, hypergradient, measure_accuracy
 from implicit.minimizers import ProjectedObjective, gradient_objective, graph_objective
@@ -18,33 +17,41 @@ from implicit.tree import Tree
 
 SAFETY = 2.0
 """Factor on the estimated distance: the estimate is right to first order only."""
+QUICK = CG(rtol=1e-4, max_steps=100)
+"""The linear solver of reports on minibatch runs: a report on all data must not cost more than the run."""
 LEFT_OVER = 0.05
 """CG on the upper level stops at this fraction of its first residual."""
 
 
-@dataclass
-class LowerSolution:
-    """A lower problem solved as far as rounding allows."""
-
-    y: Tree
-    residual: float
-
-
-def solve_lower(fn: Callable[[Tree], Tensor], y: Tree, problem: BilevelProblem, rtol: float) -> LowerSolution:
-    """Minimize ``fn`` over the lower set from y, to ``rtol`` times the gradient norm at y or to rounding."""
+def solve_lower(
+    fn: Callable[[Tree], Tensor], y: Tree, problem: BilevelProblem, reference: float = 0.0, *, first_order: bool = False
+) -> Tree:
+    """Minimize ``fn`` over the lower set from y, until the gradient is 1e-12 of ``reference`` (of the gradient at y, if
+    that is larger), or to rounding. From a warm start the gradient at y alone would ask for the impossible."""
     start = tree.ravel(tree.detach(y))
-    if problem.lower_set.is_whole_space:
-        method = NewtonCG(rtol=rtol)
-        objective = graph_objective(lambda _, q: fn(q), (), y, "lower")
-        state, _ = method.run(objective, start)
-        return LowerSolution(tree.unravel(state.point, y), float(torch.linalg.vector_norm(state.gradient)))
-    projected = ProjectedObjective(
-        gradient_objective(fn, y, "lower"),
-        lambda flat: tree.ravel(problem.lower_set.project(tree.unravel(flat, y))),
-    )
-    state, _ = SpectralProjectedGradient(rtol=rtol).run(projected, start)
-    residual = projected.residual(state.point, state.gradient)
-    return LowerSolution(tree.unravel(state.point, y), float(torch.linalg.vector_norm(residual)))
+    rtol = max(1e-12, 10 * float(torch.finfo(start.dtype).eps))
+    objective = gradient_objective(fn, y, "lower")
+    if not problem.lower_set.is_whole_space:
+        projected = ProjectedObjective(
+            objective, lambda flat: tree.ravel(problem.lower_set.project(tree.unravel(flat, y)))
+        )
+        state, _ = SpectralProjectedGradient(rtol=rtol).run(projected, start, reference)
+    elif first_order:
+        state, _ = LBFGS(rtol=rtol).run(objective, start, reference)
+    else:
+        with_graph = graph_objective(lambda _, q: fn(q), (), y, "lower")
+        state, _ = NewtonCG(rtol=rtol).run(with_graph, start, reference)
+    return tree.unravel(state.point, y)
+
+
+def twice_differentiable(oracle: Oracle, x: Tree, y: Tree) -> bool:
+    """Whether the lower objective's backward pass can be differentiated; some fused kernels refuse."""
+    try:
+        graph = oracle.graph(x, y)
+        graph.joint(graph.gradient)
+    except RuntimeError:
+        return False
+    return True
 
 
 def stationarity(problem: BilevelProblem, x: Tree, h: Tree) -> float:
@@ -89,11 +96,14 @@ def assess_implicit(
 class ImplicitMap:
     """x -> accurate hypergradient, lower level and adjoint warm-started; counts its calls."""
 
-    def __init__(self, problem: BilevelProblem, oracle: Oracle, y: Tree, adjoint: Tree, solver: LinearSolver) -> None:
-        self.problem, self.oracle, self.y, self.adjoint, self.solver = problem, oracle, y, adjoint, solver
+    def __init__(
+        self, problem: BilevelProblem, oracle: Oracle, y: Tree, adjoint: Tree, solver: LinearSolver, reference: float
+    ) -> None:
+        self.problem, self.oracle, self.y, self.adjoint = problem, oracle, y, adjoint
+        self.solver, self.reference = solver, reference
 
     def __call__(self, x: Tree) -> Tree:
-        self.y = solve_lower(lambda q: self.oracle.lower(x, q), self.y, self.problem, rtol=1e-10).y
+        self.y = solve_lower(lambda q: self.oracle.lower(x, q), self.y, self.problem, self.reference)
         found = hypergradient(
             self.oracle.upper,
             self.oracle.lower,
@@ -105,6 +115,13 @@ class ImplicitMap:
         )
         self.adjoint = found.adjoint
         return found.value
+
+
+def distance_budget(x: Tree, spent: int) -> int:
+    """Hypergradients for :func:`distance_to_solution`: enough for an exact answer in small dimensions, else a quarter
+    of what the run itself has ``spent``."""
+    n = tree.size(x)
+    return n if n <= 16 else max(4, spent // 4)
 
 
 def distance_to_solution(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from bilevel.algorithms.base import Algorithm, BilevelState
 from bilevel.oracle import Oracle, new_counts
 from bilevel.problem import BilevelProblem
+from bilevel.registry import algorithm as registered
 from bilevel.solution import Accuracy, Solution
 from implicit import Run, SaveCheckpoint, SolveError, Status, tree
 from implicit.checkpoint import FORMAT, decode_method, encode_method
@@ -166,14 +167,10 @@ def _with_tolerances(algorithm: Algorithm, rtol: float | None, atol: float | Non
 
 def _capture(method: Algorithm, run: Run[Any]) -> dict[str, Any]:
     """The whole run as plain data."""
-    try:
-        encoded = encode_method(method)
-    except TypeError as error:  # rebuilt by hand: the user passes the algorithm again
-        encoded = {"class": None, "reason": str(error)}
     x, y = run.state.x, run.state.y
     return {
         "format": FORMAT,
-        "method": encoded,
+        "method": {f.name: _encode_setting(getattr(method, f.name)) for f in fields(method)},
         "name": method.name,
         "state": run.state.state_dict(),
         "start": [[leaf.detach().clone() for leaf in tree.leaves(t)] for t in (x, y)],
@@ -187,6 +184,28 @@ def _capture(method: Algorithm, run: Run[Any]) -> dict[str, Any]:
             "leaves": [leaf.clone() for leaf in tree.leaves(run.best.point)] if run.best.point is not None else None,
         },
     }
+
+
+def _encode_setting(value: Any) -> dict[str, Any]:
+    try:
+        return {"value": encode_method(value)}
+    except TypeError as error:  # the user passes the algorithm again, and this field is taken from there
+        return {"missing": str(error)}
+
+
+def _decode_algorithm(checkpoint: dict[str, Any], given: Algorithm | None) -> Algorithm:
+    """The algorithm as it was resolved then; what could not be stored is taken from ``given``."""
+    settings = {}
+    for name, stored in checkpoint["method"].items():
+        if "value" in stored:
+            settings[name] = decode_method(stored["value"])
+        elif given is None:
+            raise ValueError(f"{name}: {stored['missing']}")
+        else:
+            settings[name] = getattr(given, name)
+    if given is None:
+        return registered(checkpoint["name"])(**settings)
+    return replace(given, **settings)
 
 
 def _skeleton(value: Tree) -> Any:
@@ -220,29 +239,21 @@ def _restore(
 ) -> tuple[Algorithm, Run[Any]]:
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError("checkpoint is not one of this version; get it from bilevel.load_checkpoint(path)")
-    if algorithm is None:
-        if checkpoint["method"].get("class") is None:
-            raise ValueError(f"pass the algorithm as well: {checkpoint['method']['reason']}")
-        method: Algorithm = decode_method(checkpoint["method"])
-    else:
-        given = _require_algorithm(algorithm)
-        if given.name != checkpoint["name"]:
-            raise ValueError(f"the checkpoint is a run of {checkpoint['name']}, not of {given.name}")
-        # What was resolved then holds now; the caller's object serves where it could not be stored.
-        stored = checkpoint["method"]
-        method = decode_method(stored) if stored.get("class") is not None else given
+    given = None if algorithm is None else _require_algorithm(algorithm)
+    if given is not None and given.name != checkpoint["name"]:
+        raise ValueError(f"the checkpoint is a run of {checkpoint['name']}, not of {given.name}")
+    method = _decode_algorithm(checkpoint, given)
     method = _with_tolerances(method, rtol, atol)
     x, y = (_rebuild(s, list(leaves)) for s, leaves in zip(checkpoint["skeleton"], checkpoint["start"], strict=True))
     problem.validate(x, y)
-    unresolved = method if checkpoint["method"].get("class") is not None else method.resolve(problem, x, y)
-    state: BilevelState = unresolved.init(problem, x, y, generator=torch.Generator())
+    state: BilevelState = method.init(problem, x, y, generator=torch.Generator())
     state.load_state_dict(checkpoint["state"])
     best = checkpoint["best"]
     run = Run(state, history=[dict(row) for row in checkpoint["history"]], seconds=checkpoint["seconds"])
     if best["leaves"] is not None:
         spec = tree.structure(method.point(state))
         run.best = Best(best["merit"], best["step"], tree.unflatten(best["leaves"], spec))
-    return unresolved, run
+    return method, run
 
 
 class _Metrics:
@@ -315,10 +326,10 @@ def _safe_metrics(problem: BilevelProblem, x: Tree, y: Tree) -> dict[str, float]
 
 def _final_values(problem: BilevelProblem, x: Tree, y: Tree) -> tuple[dict[str, float], dict[str, Any]]:
     """Objectives on all data, and what they returned beside."""
-    oracle = Oracle.full(problem, new_counts())
     values, aux = {"upper": math.nan, "lower": math.nan}, {}
     for level in values:
         try:
+            oracle = Oracle.full(problem, new_counts())
             with torch.no_grad():
                 values[level] = float(getattr(oracle, level)(x, y))
                 batch = getattr(oracle, f"{level}_batch")

@@ -41,7 +41,7 @@ class _Defaults:
     train: float = 0.6
     clean: float = 0.1
     corruption: float = 0.4
-    ridge: float = 0.02
+    ridge: float = 0.04
     scaling: str = "feature"
     dtype: torch.dtype = torch.float64
     grid: tuple[int, int, int] = (-5, 1, 13)
@@ -50,7 +50,7 @@ class _Defaults:
 
 _DEFAULTS = {
     "digits": _Defaults(train=1_000, clean=100, scaling="global"),
-    "mnist": _Defaults(20_000, 5_000, 0.5, 0.01, "feature", torch.float32, (-3, 1, 9), 12),
+    "mnist": _Defaults(20_000, 5_000, 0.5, 0.08, "feature", torch.float32, (-3, 1, 9), 12),
 }
 
 
@@ -91,12 +91,12 @@ class _Cleaning:
 
     def lower(self, x: Tensor, y: Tree) -> Tensor:
         """The weighted training loss plus ridge on all rows."""
-        return _training_loss(y, self.train, torch.sigmoid(x), self.ridge)
+        return _training_loss(y, self.train, _weights(x), self.ridge)
 
     def lower_on(self, x: Tensor, y: Tree, *, batch: dict[str, Tensor]) -> Tensor:
         """The same on some rows."""
         rows = _Rows(batch["features"], batch["labels"])
-        return _training_loss(y, rows, torch.sigmoid(x[batch["index"]]), self.ridge)
+        return _training_loss(y, rows, _weights(x[batch["index"]]), self.ridge)
 
     def upper(self, x: Tensor, y: Tree) -> Tensor:
         """The clean loss plus prior on all rows."""
@@ -116,6 +116,11 @@ class _Cleaning:
         """The grid, strongest first: the order in which a fit is the best start for the next."""
         low, high, count = self.grid
         return [float(r) for r in np.logspace(high, low, count)]
+
+
+def _weights(x: Tensor) -> Tensor:
+    """Between 0 and 2; 1 at x = 0, which is training as usual."""
+    return 2.0 * torch.sigmoid(x)
 
 
 def _logits(y: Tree, features: Tensor) -> Tensor:
@@ -360,7 +365,7 @@ def _clean_only(cleaning: _Cleaning) -> _Fit:
 
 def _report(cleaning: _Cleaning, solution: Solution, directory: Path) -> Report:
     """Train the baselines, and write ``weights.csv`` and ``weights.png``."""
-    weights, right = torch.sigmoid(solution.x), ~cleaning.wrong
+    weights, right = _weights(solution.x), ~cleaning.wrong
     ideal = right.to(weights.dtype)
     fits = {
         "all_labels": _tuned(cleaning, cleaning.train),
@@ -433,12 +438,12 @@ def _draw(cleaning: _Cleaning, weights: Tensor, auc: float, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    bins = np.linspace(0.0, 1.0, 41)
+    bins = np.linspace(0.0, 2.0, 41).tolist()
     for name, rows, color in (("right", ~cleaning.wrong, "tab:blue"), ("wrong", cleaning.wrong, "tab:red")):
         label = f"{name} label ({int(rows.sum())} rows)"
         axes.hist(weights[rows].cpu().numpy(), bins=bins, alpha=0.6, color=color, label=label)
     axes.set_title(f"Learned weights on {cleaning.data.name}: ROC AUC {auc:.3f} against wrong labels")
-    axes.set_xlabel("weight of the training example, between 0 and 1")
+    axes.set_xlabel("weight of the training example (1 is training as usual)")
     axes.set_ylabel("training examples")
     axes.legend()
     figure.savefig(path, dpi=150)

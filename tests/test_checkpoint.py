@@ -180,7 +180,7 @@ def test_what_has_no_public_name_is_refused_with_the_cure() -> None:
     "name", ["os:system", "torch:load", "implicit:nothing", "implicit:iterate", "builtins:eval", "x"]
 )
 def test_only_public_classes_are_built(name) -> None:
-    with pytest.raises(ValueError, match="the checkpoint names .* which this version does not have"):
+    with pytest.raises(ValueError, match=r"the checkpoint names .* which this version does not have"):
         decode_method({"class": name, "fields": {}})
     with pytest.raises(ValueError, match="which this version does not have"):
         decode_method({"class": "type", "name": name})

@@ -275,7 +275,7 @@ def tree_problem():
 
 @pytest.mark.parametrize("solver", [CG(rtol=1e-12), Cholesky(), LU()], ids=lambda s: type(s).__name__)
 def test_nested_trees_with_empty_leaves(solver) -> None:
-    like, operator = tree_problem()
+    _, operator = tree_problem()
     b = {"parts": [torch.tensor(1.0), vector(5)], "none": torch.zeros(0, 4), "w": vector(2, 3)}  # another key order
     found = solver.solve(operator, b)
     flat = torch.cat([b["w"].reshape(-1), b["parts"][0].reshape(1), b["parts"][1]])
@@ -381,7 +381,7 @@ def test_factorisation_limits_and_settings() -> None:
         name = next(iter(bad))
         with pytest.raises(ValueError, match=f"{name} must be"):
             CG(**bad)
-    with pytest.raises(ValueError, match="max_steps must be None or a positive integer, got 1.5"):
+    with pytest.raises(ValueError, match=r"max_steps must be None or a positive integer, got 1\.5"):
         CG(max_steps=1.5)
 
 

@@ -80,7 +80,7 @@ def test_newton_on_ill_conditioned_quadratics(condition) -> None:
 
 @pytest.mark.parametrize(("condition", "rtol"), [(1e1, 1e-12), (1e3, 1e-12), (1e4, 1e-12), (1e5, 1e-9)])
 def test_lbfgs_on_ill_conditioned_quadratics(condition, rtol) -> None:
-    fn, solution, matrix = quadratic(30, condition)
+    fn, solution, _ = quadratic(30, condition)
     found = minimize(fn, torch.zeros(30), LBFGS(rtol=rtol, max_steps=20_000))
     assert found.status is Status.CONVERGED
     assert float((found.point - solution).norm() / solution.norm()) <= 10 * rtol * condition

@@ -65,7 +65,7 @@ EACH = pytest.mark.parametrize("name", MAKERS)
 
 def make(name):
     build, expected, tolerance = MAKERS[name]
-    return build(), expected(), dict(rtol=tolerance, atol=10 * tolerance)
+    return build(), expected(), {"rtol": tolerance, "atol": 10 * tolerance}
 
 
 @EACH

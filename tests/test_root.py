@@ -181,6 +181,22 @@ def test_the_start_has_no_gradient() -> None:
         assert not solve(*inputs).requires_grad
 
 
+def test_solvers_may_differentiate() -> None:
+    """A solver written with autograd works inside, and its own graph stays out of the result."""
+
+    @implicit.custom_argmin(lambda y, a: ((y - a) ** 2).sum())
+    def descend(init: Tensor, a: Tensor) -> Tensor:
+        y = init.requires_grad_()
+        for _ in range(5):
+            y = y - 0.5 * torch.autograd.grad(((y - a) ** 2).sum(), y, create_graph=True)[0]
+        return 1.0 * y
+
+    a = normal(41, 3).requires_grad_()
+    found = descend(torch.zeros(3), a)
+    torch.testing.assert_close(found, a)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), a)[0], torch.ones(3))
+
+
 def test_arguments_need_not_be_floating_tensors() -> None:
     """Labels, masks, numbers, strings and None travel along; a leaf that enters nothing has a zero gradient."""
     rows, labels = normal(35, 30, 4), torch.arange(30) % 3

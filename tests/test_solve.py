@@ -249,7 +249,7 @@ def test_minibatches_come_close_to_the_full_answer(algorithm: Any) -> None:
     noisy, full, x0, y0 = ridge(20)
     exact = bilevel.solve(full, bilevel.ImplicitGradient(), x0, y0)
     assert exact.status is Status.CONVERGED
-    found = bilevel.solve(noisy, algorithm, x0, y0, max_steps=2000, generator=torch.Generator().manual_seed(1))
+    found = bilevel.solve(noisy, algorithm, x0, y0, max_steps=1000, generator=torch.Generator().manual_seed(1))
     assert found.status is Status.STEP_LIMIT
 
     def hyper(x: torch.Tensor) -> float:
@@ -258,11 +258,11 @@ def test_minibatches_come_close_to_the_full_answer(algorithm: Any) -> None:
         return float(full.upper(x, y, batch=full.upper_data.full()))  # type: ignore[union-attr]
 
     start, best, reached = hyper(x0), hyper(exact.x), hyper(found.x)
-    assert reached - best <= 0.25 * (start - best)
+    assert reached - best <= (0.05 if algorithm.__dict__.get("upper_optimizer") is None else 0.25) * (start - best)
     assert found.accuracy.stationarity is not None
-    again = bilevel.solve(noisy, algorithm, x0, y0, max_steps=2000, generator=torch.Generator().manual_seed(1))
+    again = bilevel.solve(noisy, algorithm, x0, y0, max_steps=1000, generator=torch.Generator().manual_seed(1))
     assert torch.equal(found.x, again.x)
-    other = bilevel.solve(noisy, algorithm, x0, y0, max_steps=2000, generator=torch.Generator().manual_seed(2))
+    other = bilevel.solve(noisy, algorithm, x0, y0, max_steps=1000, generator=torch.Generator().manual_seed(2))
     assert not torch.equal(found.x, other.x)
 
 

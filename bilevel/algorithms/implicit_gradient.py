@@ -4,6 +4,7 @@ Sources: Pedregosa 2016 (hyperparameter optimization with approximate gradient);
 form is that of ``minibatch.py``.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.accuracy import ImplicitMap, assess_implicit, distance_to_solution, stationarity
+from bilevel.accuracy import QUICK, ImplicitMap, assess_implicit, distance_budget, distance_to_solution, stationarity
 from bilevel.algorithms.base import Algorithm, BilevelState, require_positive, require_positive_int
 from bilevel.algorithms.minibatch import MinibatchState, init_minibatch, soba_step
 from bilevel.measure import measure_curvature
@@ -85,6 +86,8 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         upper_options: keyword arguments of that class, such as ``{"lr": 1e-2}``.
         lower_steps: minibatch steps on y and v per step of x.
         lower_step_size: their length; None measures 1/L, with the largest L of eight minibatches.
+        lower_decay: these steps shrink by ``(1 + t / lower_decay)^(-1/2)``; None keeps them constant, and then the
+            noise of y biases x.
         step_size: rule for the length of the steps of x on minibatches.
         momentum: of the direction of x on minibatches.
         rtol: relative tolerance on ``||x - P_X(x - h)||``; None means ``sqrt(eps)`` of the dtype.
@@ -98,6 +101,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
     upper_options: Mapping[str, Any] = field(default_factory=dict)
     lower_steps: int = 1
     lower_step_size: float | None = None
+    lower_decay: float | None = 20.0
     step_size: PathEfficiency = field(default_factory=PathEfficiency)
     momentum: float = 0.9
 
@@ -107,7 +111,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_int(self, "lower_steps")
-        require_positive(self, "lower_step_size")
+        require_positive(self, "lower_step_size", "lower_decay")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         if self.lower_solver is not None and not isinstance(self.lower_solver, Minimizer):
@@ -119,6 +123,15 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
                 raise TypeError(f"upper_optimizer must be a torch.optim class, got {self.upper_optimizer!r}")
             if self.upper_optimizer is torch.optim.LBFGS:
                 raise ValueError("torch.optim.LBFGS needs a closure; leave upper_optimizer=None for our own L-BFGS")
+            known = list(inspect.signature(self.upper_optimizer).parameters)[1:]
+            for name in self.upper_options:
+                if name not in known:
+                    owner = self.upper_optimizer.__name__
+                    raise ValueError(f"upper_options: {owner} has no option {name!r}; it has {', '.join(known)}")
+        elif self.upper_options:
+            raise ValueError(
+                f"upper_options={dict(self.upper_options)} needs upper_optimizer, such as torch.optim.Adam"
+            )
 
     def refuses(self, problem: BilevelProblem) -> str | None:
         """A lower set makes the plain implicit function theorem wrong."""
@@ -226,12 +239,13 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         """One step of x."""
         if state.minibatch is not None:
             assert self.lower_step_size is not None
+            shrink = 1.0 if self.lower_decay is None else (1.0 + state.step / self.lower_decay) ** -0.5
             return soba_step(
                 problem,
                 state,
                 state.minibatch,
                 lower_steps=self.lower_steps,
-                lower_step_size=self.lower_step_size,
+                lower_step_size=shrink * self.lower_step_size,
                 rule=self.step_size,
                 beta=self.momentum,
                 optimizer=state.upper,
@@ -303,14 +317,15 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
     def assess(
         self, problem: BilevelProblem, state: ImplicitGradientState, status: Status
     ) -> tuple[Accuracy, Status, str]:
-        """One more hypergradient with its error; the distance to the solution within a tenth of the run's cost."""
+        """One more hypergradient with its error, and the distance to the solution."""
         assert self.linear_solver is not None and self.rtol is not None
         oracle = Oracle.full(problem, dict(state.counts))
-        accuracy, found = assess_implicit(problem, oracle, state.x, state.y, self.linear_solver, state.adjoint)
+        solver = self.linear_solver if state.minibatch is None else QUICK
+        accuracy, found = assess_implicit(problem, oracle, state.x, state.y, solver, state.adjoint)
         if state.minibatch is not None or status.is_failure:
             return accuracy, status, state.failure or status.value
-        budget = max(12, state.hypergradients // 4)
-        hyper = ImplicitMap(problem, oracle, state.y, found.adjoint, self.linear_solver)
+        budget = distance_budget(state.x, state.hypergradients)
+        hyper = ImplicitMap(problem, oracle, state.y, found.adjoint, self.linear_solver, state.lower_reference)
         distance, note = distance_to_solution(problem, hyper, state.x, found.value, budget)
         accuracy = replace(accuracy, distance=distance, notes=accuracy.notes + ((note,) if note else ()))
         limit = max(self.atol, self.rtol * state.reference)

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from bilevel.accuracy import (
+    QUICK,
     ImplicitMap,
     assess_implicit,
+    distance_budget,
     distance_to_solution,
     lower_residual,
     solve_lower,
     stationarity,
+    twice_differentiable,
 )
 from bilevel.algorithms.base import Algorithm, BilevelState, require_positive, require_positive_int
 from bilevel.algorithms.minibatch import MinibatchState, commit, draw, init_minibatch, normalised_step
@@ -305,7 +308,7 @@ class Penalty(Algorithm[PenaltyState]):
     @staticmethod
     def _track(state: PenaltyState, oracle: Oracle) -> Tensor:
         """Raise L_g where minibatches have become steeper: now and then a power step on gradient differences."""
-        if state.step % TRACK_EVERY:
+        if state.step % TRACK_EVERY or state.step == 0:  # measured just now
             return state.curvature
         size = tree.norm(state.probe)
         width = float(torch.finfo(tree.common_dtype(state.z)).eps) ** 0.5 * (1.0 + tree.norm(state.z))
@@ -329,32 +332,39 @@ class Penalty(Algorithm[PenaltyState]):
     def assess(self, problem: BilevelProblem, state: PenaltyState, status: Status) -> tuple[Accuracy, Status, str]:
         """Bias from a second penalty; stationarity by the implicit hypergradient, or where Y is a set by extrapolation.
 
-        CONVERGED is confirmed only if G with both inner problems solved to rounding is still small, and the two
-        independent hypergradients agree up to the bias.
+        On full data y is polished to the lower solution next to it. CONVERGED is confirmed only if G with both inner
+        problems solved to rounding is still small, and the two independent hypergradients agree up to the bias.
         """
         if status.is_failure:
             return Accuracy(notes=("not measured after a numerical failure",)), status, status.value
         assert self.penalty is not None and self.rtol is not None
+        if problem.stochastic:
+            found, _ = assess_implicit(problem, Oracle.full(problem, new_counts()), state.x, state.y, QUICK, None)
+            return found, status, status.value
         oracle = Oracle.full(problem, new_counts())
-        exact = _ExactPenalty(problem, oracle, self.penalty, state.y, state.z)
+        whole = problem.lower_set.is_whole_space
+        second_order = whole and twice_differentiable(oracle, state.x, state.z)
+        _, slope = value_and_gradient(lambda q: oracle.upper(state.x, q), state.y)
+        reference = float(tree.norm(slope)) / self.penalty  # what grad_y g is worth at y
+        exact = _ExactPenalty(problem, oracle, self.penalty, state.y, state.z, reference, first_order=not second_order)
         once, twice = exact(state.x, 1.0), exact(state.x, 2.0)
         bias = 2.0 * float(tree.norm(tree.sub(twice, once)))
-        whole = problem.lower_set.is_whole_space
-        if whole:
+        if second_order:
             accuracy, found = assess_implicit(problem, oracle, state.x, exact.z, CG(rtol=1e-10), None)
-            h, hyper = found.value, ImplicitMap(problem, oracle, exact.z, found.adjoint, CG(rtol=1e-10))
+            h, hyper = found.value, ImplicitMap(problem, oracle, exact.z, found.adjoint, CG(rtol=1e-10), reference)
         else:
             h, hyper = exact.extrapolated(state.x), exact.extrapolated
+            note = "stationarity by extrapolation in the penalty: the lower objective refuses second derivatives"
             accuracy = Accuracy(
                 lower_residual=lower_residual(problem, oracle, state.x, exact.z),
                 stationarity=stationarity(problem, state.x, h),
                 hypergradient_error=bias / self.penalty,
                 hypergradient_error_kind="estimate",
+                notes=(note,) if whole else (),
             )
         accuracy = replace(accuracy, bias=bias)
-        if problem.stochastic:
-            return accuracy, status, status.value
-        distance, note = distance_to_solution(problem, hyper, state.x, h, max(12, state.step // 50))
+        tree.copy_(state.y, exact.polished(state.x, state.y))
+        distance, note = distance_to_solution(problem, hyper, state.x, h, distance_budget(state.x, state.step // 10))
         accuracy = replace(accuracy, distance=distance, notes=accuracy.notes + ((note,) if note else ()))
         if status is not Status.CONVERGED:
             return accuracy, status, status.value
@@ -376,22 +386,35 @@ class Penalty(Algorithm[PenaltyState]):
 class _ExactPenalty:
     """x -> G at a multiple of the penalty with both inner problems solved near rounding, warm-started."""
 
-    def __init__(self, problem: BilevelProblem, oracle: Oracle, penalty: float, y: Tree, z: Tree) -> None:
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        oracle: Oracle,
+        penalty: float,
+        y: Tree,
+        z: Tree,
+        reference: float,
+        *,
+        first_order: bool,
+    ) -> None:
         self.problem, self.oracle, self.penalty = problem, oracle, penalty
         self.y = {1.0: y, 2.0: y}
-        self.z = z
+        self.z, self.reference, self.first_order = z, reference, first_order
+
+    def _solve(self, fn: Callable[[Tree], Tensor], y: Tree) -> Tree:
+        return solve_lower(fn, y, self.problem, self.reference, first_order=self.first_order)
 
     def __call__(self, x: Tree, factor: float) -> Tree:
         p, oracle = factor * self.penalty, self.oracle
-
+        self.z = self._solve(lambda q: oracle.lower(x, q), self.z)
         # Scaled by 1/p, so that tolerances mean the same at every penalty.
-        def penalised(q: Tree) -> Tensor:
-            return oracle.upper(x, q) / p + oracle.lower(x, q)
+        y = self.y[factor] = self._solve(lambda q: oracle.upper(x, q) / p + oracle.lower(x, q), self.y[factor])
+        return Penalty(penalty=p)._hypergradient(oracle, x, y, self.z)[1]
 
-        self.z = solve_lower(lambda q: oracle.lower(x, q), self.z, self.problem, rtol=1e-10).y
-        y = self.y[factor] = solve_lower(penalised, self.y[factor], self.problem, rtol=1e-10).y
-        algorithm = Penalty(penalty=p)
-        return algorithm._hypergradient(oracle, x, y, self.z)[1]
+    def polished(self, x: Tree, y: Tree) -> Tree:
+        """The lower solution nearest to y downhill: y itself minimizes f + p g and is off by O(1/p). Starting at y and
+        not at z keeps the choice that f made where there are several lower solutions."""
+        return self._solve(lambda q: self.oracle.lower(x, q), y)
 
     def extrapolated(self, x: Tree) -> Tree:
         """``2 G_2p - G_p``: the O(1/p) term cancels."""
