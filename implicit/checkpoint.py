@@ -32,8 +32,21 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     if path.exists() and _problem_with(path) is None:
-        os.replace(path, _previous(path))
+        _keep(path)
     os.replace(temporary, path)
+
+
+def _keep(path: Path) -> None:
+    """Give the file its second name, so that ``path`` itself exists at every moment."""
+    link = path.with_name(path.name + ".linking")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # no hard links on this filesystem
+        os.replace(path, _previous(path))
+        return
+    os.replace(link, _previous(path))
+    link.unlink(missing_ok=True)  # renaming onto another name of the same file does nothing
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

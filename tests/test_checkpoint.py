@@ -97,7 +97,7 @@ def test_a_damaged_file_does_not_replace_the_good_predecessor(path) -> None:
     assert load_checkpoint(str(path) + ".previous")["step"] == 1
 
 
-@pytest.mark.parametrize("killed_at", ["save", "fsync", "replace 1", "replace 2"])
+@pytest.mark.parametrize("killed_at", ["save", "fsync", "link", "replace 1", "replace 2"])
 def test_a_kill_during_the_write_leaves_an_intact_file(path, monkeypatch, killed_at) -> None:
     calls = []
 
@@ -114,17 +114,37 @@ def test_a_kill_during_the_write_leaves_an_intact_file(path, monkeypatch, killed
 
     monkeypatch.setattr(torch, "save", killed("save", torch.save))
     monkeypatch.setattr(os, "fsync", killed("fsync", os.fsync))
+    monkeypatch.setattr(os, "link", killed("link", os.link))
     monkeypatch.setattr(os, "replace", killed("replace", os.replace))
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(content(3), path)
     monkeypatch.undo()
-    if killed_at == "replace 2":  # the old file has stepped aside, the new one is not there yet
-        with pytest.warns(ConvergenceWarning, match=r"run\.pt is missing; resuming from run\.pt\.previous"):
-            assert load_checkpoint(path)["step"] == 2
-    else:
-        assert load_checkpoint(path)["step"] == 2
+    assert load_checkpoint(path)["step"] == 2
     save_checkpoint(content(4), path)
     assert load_checkpoint(path)["step"] == 4
+    assert load_checkpoint(str(path) + ".previous")["step"] == 2
+    assert not path.with_name("run.pt.linking").exists()
+
+
+def test_without_hard_links_a_kill_leaves_the_predecessor(path, monkeypatch) -> None:
+    replace = os.replace
+
+    def no_links(*_):
+        raise OSError("not supported")
+
+    def killed(source, target):
+        if str(source).endswith(".writing"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_checkpoint(content(3), path)
+    assert load_checkpoint(str(path) + ".previous")["step"] == 2
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(content(4), path)
+    with pytest.warns(ConvergenceWarning, match=r"run\.pt is missing; resuming from run\.pt\.previous"):
+        assert load_checkpoint(path)["step"] == 3
 
 
 @pytest.mark.parametrize(
@@ -139,7 +159,7 @@ def test_a_kill_during_the_write_leaves_an_intact_file(path, monkeypatch, killed
             lower_solver=NewtonCG(rtol=1e-7),
             linear_solver=CG(max_steps=3),
             upper_optimizer=torch.optim.Adam,
-            upper_options={"lr": 0.1, "betas": (0.5, 0.9), "class": "a key of that name"},
+            upper_options={"lr": 0.1, "betas": (0.5, 0.9)},
         ),
     ],
     ids=lambda m: type(m).__name__,
@@ -164,7 +184,7 @@ def test_nested_fields_are_rebuilt_as_what_they_were() -> None:
 def test_what_has_no_public_name_is_refused_with_the_cure() -> None:
     cure = "pass the algorithm to solve\\(\\) when resuming"
     with pytest.raises(TypeError, match=f"lambda.* cannot be rebuilt from a checkpoint; {cure}"):
-        encode_method(bilevel.ImplicitGradient(upper_options={"lr": lambda: 1.0}))
+        encode_method(bilevel.ImplicitGradient(upper_optimizer=torch.optim.Adam, upper_options={"lr": lambda: 1.0}))
 
     @dataclass(frozen=True)
     class Own:

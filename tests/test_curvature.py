@@ -23,6 +23,15 @@ def test_extremes_of_a_spread_spectrum(generator) -> None:
     assert found.products == operator.products == 40
 
 
+def test_reorthogonalization_keeps_the_small_end_of_a_wide_spectrum(generator) -> None:
+    matrix = symmetric(torch.logspace(0, 8, 30), generator)
+    found = lanczos(Dense(matrix), 30)
+    values = torch.linalg.eigvalsh(matrix)
+    assert found.products == 30
+    assert found.smallest == pytest.approx(float(values[0]), abs=1e-6)
+    assert found.largest == pytest.approx(1e8, rel=1e-12)
+
+
 def test_ritz_values_lie_inside_the_spectrum(generator) -> None:
     for steps in (1, 2, 5, 15):
         matrix = symmetric(torch.logspace(-3, 3, 60), generator)

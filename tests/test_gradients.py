@@ -184,9 +184,7 @@ def test_estimate_is_exact_for_a_quadratic_lower_level() -> None:
 def test_estimate_of_a_linear_system_stopped_early(setting: Setting, rtol: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = implicit.hypergradient(
-            setting.upper, setting.lower, setting.x, setting.y, linear_solver=CG(rtol=rtol)
-        )
+        found = implicit.hypergradient(setting.upper, setting.lower, setting.x, setting.y, linear_solver=CG(rtol=rtol))
     assert found.accuracy is not None
     true = float((tree.ravel(found.value) - setting.dense()).norm())
     assert 0.5 * true < found.accuracy.error < 2 * true + 1e-14

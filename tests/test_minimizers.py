@@ -435,6 +435,42 @@ def test_a_quadratic_overshoot_is_repaired_by_one_interpolation() -> None:
         assert trial.length == pytest.approx(1.0, rel=1e-6)
 
 
+def test_a_small_decrease_over_a_long_step_is_refused() -> None:
+    """phi(1) = -1e-5 at slope -1: flat enough, not low enough."""
+    trial, used, value, slope = search(
+        lambda y: (-y + 1.49998 * y**2 - 0.49999 * y**3).sum(), torch.zeros(1), torch.ones(1)
+    )
+    assert slope == -1.0
+    assert used > 1
+    assert trial.value <= value + ARMIJO * trial.length * slope
+    assert abs(trial.slope) <= CURVATURE
+
+
+def test_a_longer_step_that_is_higher_ends_the_extension() -> None:
+    """A hump between two trials on a downhill road: the search stays on this side of it."""
+    trial, used, _, slope = search(
+        lambda y: (-0.99 * y + 3 * torch.sigmoid(10 * (y - 2.5))).sum(), torch.zeros(1), torch.ones(1)
+    )
+    assert 1.0 < trial.length < 2.5
+    assert used <= 9
+    assert abs(trial.slope) <= CURVATURE * abs(slope)
+
+
+def test_lengths_beyond_a_bad_one_are_not_tried_again() -> None:
+    lengths = []
+
+    def fn(y):
+        lengths.append(float(y.detach()))
+        return (-y + 0 * torch.sqrt(1 - y)).sum()
+
+    trial, _, _, _ = search(fn, torch.zeros(1), torch.ones(1), first=64.0)
+    bad = math.inf
+    for length in lengths[1:]:
+        assert length < bad
+        bad = min(bad, length) if length > 1.0 else bad
+    assert 0.5 < trial.length <= 1.0
+
+
 def test_no_search_beyond_the_budget_and_the_best_decrease_is_kept() -> None:
     trial, used, value, _ = search(lambda y: -y.sum(), torch.zeros(2), torch.ones(2), budget=6)
     assert used == 6
@@ -443,8 +479,10 @@ def test_no_search_beyond_the_budget_and_the_best_decrease_is_kept() -> None:
 
 
 def test_a_direction_without_any_finite_value_fails() -> None:
-    trial, used, _, _ = search(lambda y: torch.where(y > 1.0, y * math.nan, -y).sum(), torch.ones(1), torch.ones(1))
-    assert trial is None
+    nowhere, used = wolfe_search(
+        lambda y: Evaluation(math.nan, torch.ones(1)), torch.zeros(1), 1.0, -1.0, torch.tensor([-1.0]), 1.0, EPS
+    )
+    assert nowhere is None
     assert used <= 25
 
 
@@ -459,15 +497,29 @@ def test_slopes_decide_where_values_are_only_rounding() -> None:
 
 
 def test_hopeless_rounding_is_given_up_early() -> None:
-    """Noise in the slope that no length can reduce."""
-    generator = torch.Generator().manual_seed(0)
+    """A slope of the wrong sign that no length can reduce, on flat values."""
+    trial, used = wolfe_search(
+        lambda y: Evaluation(1.0, torch.tensor([-1.1e-13])), torch.zeros(1), 1.0, -1e-13, torch.tensor([-1.0]), 1.0, EPS
+    )
+    assert trial is None
+    assert used == 10
 
-    def noisy(y):
-        return Evaluation(1.0, torch.rand(1, generator=generator) * 1e-14 + 1e-13)
 
-    trial, used = wolfe_search(noisy, torch.zeros(1), 1.0, -1e-13, torch.tensor([-1.0]), 1.0, EPS)
-    assert used <= 25
-    assert trial is None or abs(trial.value - 1.0) == 0.0
+def test_lbfgs_restarts_with_the_last_curvature_seen() -> None:
+    seen = []
+
+    def spy(y):
+        seen.append(y.detach().clone())
+        return 500.0 * ((y - 1.0) ** 2).sum()
+
+    objective = gradient_objective(spy, torch.zeros(3))
+    state = LBFGS().init(objective, torch.zeros(3))
+    LBFGS().step(objective, state)
+    assert state.scale == pytest.approx(1e-3)
+    state.stored, state.gradient, state.point = 0, torch.full((3,), -1000.0), torch.zeros(3)
+    seen.clear()
+    LBFGS(first_length=0.1).step(objective, state)
+    torch.testing.assert_close(seen[0], torch.ones(3))
 
 
 # ---------------------------------------------------------------- projected gradient

@@ -54,40 +54,53 @@ CASES = {
     "box one-sided": (Box(upper=0.25), NESTED, lambda p: [v <= 0.25 for v in p]),
     "box tensors": (Box(LOWER, UPPER), (3, 4), lambda p: [p[0] >= flat(LOWER), p[0] <= flat(UPPER)]),
     "box broadcast": (
-        Box(LOWER[0], UPPER[0] + 1), (3, 4),
+        Box(LOWER[0], UPPER[0] + 1),
+        (3, 4),
         lambda p: [p[0] >= np.tile(flat(LOWER[0]), 3), p[0] <= np.tile(flat(UPPER[0] + 1), 3)],
     ),
     "box tree": (
-        Box({"rest": [None, {"deep": 0.1}], "w": LOWER}, {"w": UPPER, "rest": [INF, {"deep": 0.3}]}), NESTED,
+        Box({"rest": [None, {"deep": 0.1}], "w": LOWER}, {"w": UPPER, "rest": [INF, {"deep": 0.3}]}),
+        NESTED,
         lambda p: [p[0] >= flat(LOWER), p[0] <= flat(UPPER), p[2] >= 0.1, p[2] <= 0.3],
     ),
     "nonnegative": (Nonnegative(), NESTED, lambda p: [v >= 0 for v in p]),
     "ball": (Ball(1.5), (3, 4), lambda p: [cp.norm(p[0]) <= 1.5]),
     "ball tree": (Ball(2.5), NESTED, lambda p: [cp.norm(cp.hstack(p)) <= 2.5]),
     "ball center": (
-        Ball(1.25, {"rest": [None, {"deep": 0.5}], "w": LOWER}), NESTED,
+        Ball(1.25, {"rest": [None, {"deep": 0.5}], "w": LOWER}),
+        NESTED,
         lambda p: [cp.norm(cp.hstack([p[0] - flat(LOWER), p[1], p[2] - 0.5])) <= 1.25],
     ),
     "simplex": (Simplex(), (6,), lambda p: [p[0] >= 0, cp.sum(p[0]) == 1]),
     "simplex rows": (
-        Simplex(2.5), (3, 4), lambda p: [p[0] >= 0, *(cp.sum(p[0][4 * i : 4 * i + 4]) == 2.5 for i in range(3))],
+        Simplex(2.5),
+        (3, 4),
+        lambda p: [p[0] >= 0, *(cp.sum(p[0][4 * i : 4 * i + 4]) == 2.5 for i in range(3))],
     ),
     "simplex columns": (
-        Simplex(0.5, dim=0), (9, 4), lambda p: [p[0] >= 0, *(cp.sum(p[0][j::4]) == 0.5 for j in range(4))],
+        Simplex(0.5, dim=0),
+        (9, 4),
+        lambda p: [p[0] >= 0, *(cp.sum(p[0][j::4]) == 0.5 for j in range(4))],
     ),
     "simplex middle": (
-        Simplex(1.0, dim=-2), (2, 3, 2),
+        Simplex(1.0, dim=-2),
+        (2, 3, 2),
         lambda p: [p[0] >= 0, *(cp.sum(p[0][6 * i + k : 6 * i + 6 : 2]) == 1 for i in range(2) for k in range(2))],
     ),
     "simplex tree": (
-        Simplex(), {"a": (5,), "b": [(1, 3)]}, lambda p: [p[0] >= 0, p[1] >= 0, cp.sum(p[0]) == 1, cp.sum(p[1]) == 1],
+        Simplex(),
+        {"a": (5,), "b": [(1, 3)]},
+        lambda p: [p[0] >= 0, p[1] >= 0, cp.sum(p[0]) == 1, cp.sum(p[1]) == 1],
     ),
     "product": (
-        Product({"rest": [Ball(1.0), {"deep": Nonnegative()}], "w": Simplex(dim=0)}), NESTED,
+        Product({"rest": [Ball(1.0), {"deep": Nonnegative()}], "w": Simplex(dim=0)}),
+        NESTED,
         lambda p: [p[0] >= 0, *(cp.sum(p[0][j::4]) == 1 for j in range(4)), cp.norm(p[1]) <= 1, p[2] >= 0],
     ),
     "product prefix": (
-        Product({"rest": Ball(1.0), "w": WholeSpace()}), NESTED, lambda p: [cp.norm(cp.hstack([p[1], p[2]])) <= 1],
+        Product({"rest": Ball(1.0), "w": WholeSpace()}),
+        NESTED,
+        lambda p: [cp.norm(cp.hstack([p[1], p[2]])) <= 1],
     ),
 }
 
@@ -213,7 +226,8 @@ def test_the_guard_against_host_reads_works():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "convex", [WholeSpace(), Box(-0.5, 0.5), Nonnegative(), Ball(1.0), Ball(1.0, 0.5), Simplex(), Simplex(60.0)],
+    "convex",
+    [WholeSpace(), Box(-0.5, 0.5), Nonnegative(), Ball(1.0), Ball(1.0, 0.5), Simplex(), Simplex(60.0)],
     ids=repr,
 )
 def test_low_precision_is_preserved_and_close_to_float64(convex, dtype, generator):
@@ -542,12 +556,12 @@ VALUE_ERRORS = [
         "Box.lower of shape (2,) does not broadcast to point of shape (1,)",
     ),
     (
-        lambda: Box({"w": vector(0.0)}).check({"w": torch.zeros(3)}, "y0"),
+        lambda: Box({"w": vector(0.0)}).check({"w": torch.zeros(3, dtype=torch.float32)}, "y0"),
         "Box.lower is torch.float64 on cpu, but y0['w'] is torch.float32 on cpu: convert one of them",
     ),
     (
         lambda: Box(torch.zeros(3)).check(torch.zeros(3, device="meta"), "y0"),
-        "Box.lower is torch.float32 on cpu, but y0 is torch.float32 on meta",
+        "Box.lower is torch.float64 on cpu, but y0 is torch.float64 on meta",
     ),
     (
         lambda: Box({"w": 0}).check({"v": vector(0.0), "b": vector(0.0)}, "y0"),

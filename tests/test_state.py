@@ -62,10 +62,12 @@ def test_saved_data_are_independent_of_the_live_state() -> None:
     source = filled()
     saved = source.state_dict()
     source.x["a"].add_(100.0)
+    source.inner.scale.add_(100.0)
     source.counts["upper"] = 99
     target = Everything()
     target.load_state_dict(saved)
     assert target.x["a"].tolist() == [1.0, 2.0]
+    assert float(target.inner.scale) == 0.25
     assert target.counts["upper"] == 3
     target.x["a"].add_(1.0)
     target.counts["upper"] = 5

@@ -59,6 +59,26 @@ def test_each_window_starts_where_the_last_one_ended() -> None:
     assert state.step == 8
 
 
+def test_each_halving_makes_the_next_window_longer() -> None:
+    rule = PathEfficiency(initial=1.0, window=2, growth=2.0)
+    wandering = [torch.tensor([1.0 if i % 2 == 0 else 0.0]) for i in range(14)]
+    state, lengths = walk(rule, wandering)
+    assert lengths == [1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.125]
+    assert float(state.window) == 16.0
+    assert walk(rule, straight(4))[1] == [1, 2, 2, 4]
+    state, lengths = walk(rule, straight(4), lost=torch.tensor(True))
+    assert (lengths, float(state.window)) == ([1, 0.5, 0.5, 0.5], 4.0)
+
+
+def test_a_longer_window_measures_its_whole_path() -> None:
+    rule = PathEfficiency(initial=1.0, window=2, growth=2.0)
+    points = [torch.tensor([v]) for v in (1.0, 0.0, -1.0, -2.0, -3.0, -4.0)]
+    state, lengths = walk(rule, points)  # wanders for two steps, then runs straight for the four of the longer window
+    assert lengths == [1, 0.5, 0.5, 0.5, 0.5, 1.0]
+    assert float(state.anchor) == -4.0
+    assert float(state.path) == float(state.since) == 0.0
+
+
 def test_trees_are_one_vector_and_the_anchor_is_a_copy() -> None:
     x = {"a": torch.zeros(2), "b": [torch.zeros(())]}
     state = RULE.init(x)
@@ -76,7 +96,8 @@ def test_defaults_are_resolved_from_the_start_and_the_noise() -> None:
     full, noisy = PathEfficiency().resolve(x, stochastic=False), PathEfficiency().resolve(x, stochastic=True)
     assert (full.initial, full.window) == (pytest.approx(0.07), 20)
     assert (noisy.initial, noisy.window) == (pytest.approx(0.07), 100)
-    own = PathEfficiency(initial=2.0, window=5, low=0.1, high=0.5)
+    assert (full.growth, noisy.growth) == (1.0, 2.0)
+    own = PathEfficiency(initial=2.0, window=5, low=0.1, high=0.5, growth=3.0)
     assert own.resolve(x, stochastic=True) == own
     assert float(full.init(x).length) == pytest.approx(0.07)
 
@@ -95,7 +116,9 @@ def test_the_length_keeps_the_dtype_of_the_point() -> None:
     ("settings", "text"),
     [
         ({"initial": 0.0}, "initial must be positive or None, got 0.0"),
-        ({"window": 1}, "window must be at least 2 or None, got 1"),
+        ({"window": 1}, "window must be an integer of at least 2 or None, got 1"),
+        ({"window": 2.5}, "window must be an integer of at least 2 or None, got 2.5"),
+        ({"growth": 0.5}, "growth must be at least 1 or None, got 0.5"),
         ({"low": 0.9, "high": 0.9}, "0 < low < high < 1, got 0.9 and 0.9"),
         ({"low": 0.0}, "0 < low < high < 1"),
         ({"high": 1.0}, "0 < low < high < 1"),

@@ -79,7 +79,7 @@ def _search(
             limit = length
             length = low.length + 0.1 * (length - low.length)
             continue
-        decreases = trial.value <= value + ARMIJO * trial.length * slope
+        decreases = trial.value - value <= ARMIJO * trial.length * slope  # a sum would round the slope away
         # Where values differ by rounding only, slopes still carry information.
         flat = abs(trial.value - value) <= rounding and trial.slope <= (2 * ARMIJO - 1) * slope
         if not (decreases or flat) or trial.value > low.value + rounding:
