@@ -161,6 +161,7 @@ def test_without_hard_links_a_kill_leaves_the_predecessor(path, monkeypatch) -> 
             upper_optimizer=torch.optim.Adam,
             upper_options={"lr": 0.1, "betas": (0.5, 0.9)},
         ),
+        {"class": "a key of that name", "items": [1, (2.5, "x")]},
     ],
     ids=lambda m: type(m).__name__,
 )

@@ -128,7 +128,7 @@ def test_the_minibatch_form_is_the_same_problem_on_all_rows() -> None:
         data = getattr(batched.problem, f"{level}_data")
         direct, parts = getattr(whole.problem, level), getattr(batched.problem, level)
         at_once, on_rows = direct(x, y), parts(x, y, batch=data.full())
-        assert float(on_rows) == pytest.approx(float(at_once), rel=1e-14)
+        torch.testing.assert_close(on_rows, at_once, rtol=1e-14, atol=0.0)
         (expected,), (found,) = torch.autograd.grad(at_once, x), torch.autograd.grad(on_rows, x)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
     assert batched.problem.stochastic
@@ -186,7 +186,7 @@ def test_digits_are_cleaned(finished: Finished) -> None:
     assert finished.solution.status in (bilevel.Status.CONVERGED, bilevel.Status.STEP_LIMIT)
     assert metrics["auc"] >= 0.88
     assert metrics["accuracy_learned"] > max(metrics["accuracy_all_labels"], metrics["accuracy_clean_only"])
-    assert metrics["mean_weight_wrong"] < 0.5 < 1.0 < metrics["mean_weight_right"]
+    assert metrics["mean_weight_wrong"] < 0.7 < 1.0 < metrics["mean_weight_right"]
     # The lower solution that the run ended with is the classifier that the report trains again.
     assert metrics["accuracy_learned"] == pytest.approx(finished.solution.metrics["test_accuracy"], abs=2 / 697)
 
