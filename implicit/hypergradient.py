@@ -54,6 +54,7 @@ class Hypergradient:
         upper_value: f(x, y).
         adjoint: v, shaped like y; a warm start for the next point.
         linear: how the linear solve went.
+        scale: ``||grad_x f|| + ||grad2_xy g v||``, the size of the two terms that cancel at a solution.
         accuracy: None unless asked for.
     """
 
@@ -61,6 +62,7 @@ class Hypergradient:
     upper_value: float
     adjoint: Tree
     linear: LinearSolution
+    scale: float
     accuracy: HypergradientAccuracy | None = None
 
 
@@ -107,7 +109,9 @@ def hypergradient(
     graph = graph if graph is not None else GradientGraph(lower, x, y)
     value, gradient_x, gradient_y = value_and_gradients(upper, x, y, "the upper objective")
     linear = solver.solve(Hessian.of(graph), gradient_y, x0=adjoint)
-    found = tree.sub(gradient_x, graph.mixed_vjp(linear.value))
+    mixed = graph.mixed_vjp(linear.value)
+    found = tree.sub(gradient_x, mixed)
+    scale = float(tree.norm(gradient_x)) + float(tree.norm(mixed))
     report = None
     if accuracy:
         report = measure_accuracy(upper, lower, x, y, graph, found, linear, solver, strong_convexity)
@@ -120,7 +124,7 @@ def hypergradient(
                 ConvergenceWarning,
                 stacklevel=2,
             )
-    return Hypergradient(found, float(value), linear.value, linear, report)
+    return Hypergradient(found, float(value), linear.value, linear, scale, report)
 
 
 def measure_accuracy(

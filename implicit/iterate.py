@@ -200,7 +200,7 @@ def _check(
     if merit is not None:
         run.best.offer(numbers.get(merit, float("inf")), state.step, lambda: method.point(state))
     status = method.terminate(problem, state)
-    wants_stop = [bool(listener(shown)) for listener in listeners]
+    wants_stop = [listener(shown) is True for listener in listeners]
     return Status.STOPPED if status is Status.RUNNING and any(wants_stop) else status
 
 

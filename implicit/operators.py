@@ -67,16 +67,26 @@ class LinearOperator(ABC):
 
     def flat_mm(self, rows: Tensor, chunk: int | None = None) -> Tensor:
         """Products with the rows of a ``(k, n)`` matrix."""
+        if not len(rows):
+            return rows
         step = chunk or max(rows.shape[0], 1)
         parts = [self._flat_block(part) for part in torch.split(rows, step)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _flat_block(self, rows: Tensor) -> Tensor:
-        return torch.stack([self.flat_mv(row) for row in rows]) if len(rows) else rows
+        return torch.stack([self.flat_mv(row) for row in rows])
 
     def __matmul__(self, v: Tree) -> Tree:
-        """``A @ v`` for one tree."""
-        return tree.unravel(self.flat_mv(tree.ravel(tree.map(lambda _, leaf: leaf, self.like, v))), self.like)
+        """``A @ v`` for one tree.
+
+        Raises:
+            ValueError: if a leaf of v has another shape than the domain's.
+        """
+        aligned = tree.map(lambda _, leaf: leaf, self.like, v)
+        for path, own, leaf in zip(tree.paths(self.like), tree.leaves(self.like), tree.leaves(aligned), strict=True):
+            if own.shape != leaf.shape:
+                raise ValueError(f"v{path} has shape {tuple(leaf.shape)}, the operator acts on {tuple(own.shape)}")
+        return tree.unravel(self.flat_mv(tree.ravel(aligned)), self.like)
 
     @property
     def T(self) -> "LinearOperator":

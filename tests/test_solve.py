@@ -61,6 +61,17 @@ def test_tolerances_reach_the_measured_stationarity() -> None:
     assert loose.steps <= 1
 
 
+def test_a_warm_start_at_the_solution_is_convergence() -> None:
+    case = quadratic()
+    first = bilevel.solve(case.problem, bilevel.ImplicitGradient(), *case.start)
+    for algorithm in (bilevel.ImplicitGradient(), bilevel.ImplicitGradient(rtol=1e-10)):
+        again = bilevel.solve(case.problem, algorithm, first.x, first.y)
+        assert again.status is Status.CONVERGED
+        case.check(again, rtol=1e-8)
+    exact = bilevel.solve(case.problem, bilevel.ImplicitGradient(), case.x_star, case.y_star)
+    assert exact.status is Status.CONVERGED
+
+
 def test_a_callback_stops_the_run_and_sees_values() -> None:
     case = quadratic()
     seen: list[Any] = []
@@ -69,8 +80,11 @@ def test_a_callback_stops_the_run_and_sees_values() -> None:
         seen.append((info.step, info.values["upper_value"]))
         return info.step == 3
 
-    solution = bilevel.solve(case.problem, bilevel.ImplicitGradient(), *case.start, callbacks=[watch])
-    assert solution.status is Status.STOPPED
+    logged: list[str] = []
+    solution = bilevel.solve(
+        case.problem, bilevel.ImplicitGradient(), *case.start, callbacks=[lambda i: logged.append("x") or 3, watch]
+    )
+    assert solution.status is Status.STOPPED, "only True stops, not any truthy value"
     assert [s for s, _ in seen] == [1, 2, 3]
     assert [row["upper_value"] for row in solution.history] == [v for _, v in seen]
 

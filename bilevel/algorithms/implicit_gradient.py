@@ -37,6 +37,7 @@ class ImplicitGradientState(BilevelState):
         gradient: the hypergradient at x (full data).
         value: F(x) (full data).
         stationarity: ``||x - P_X(x - h)||`` (full data).
+        scale: size of the terms that cancel in h; no stationarity below ``sqrt(eps)`` of it means much.
         lower_reference: the largest lower gradient norm met; lower tolerances refer to it.
         hypergradients: how many were evaluated.
         failure: why the last evaluation failed, or empty.
@@ -48,6 +49,7 @@ class ImplicitGradientState(BilevelState):
     gradient: Tree
     value: float = math.inf
     stationarity: float = math.inf
+    scale: float = 0.0
     lower_reference: float = 0.0
     hypergradients: int = 0
     failure: str = ""
@@ -65,6 +67,7 @@ class _Point:
     adjoint: Tree
     value: float
     gradient: Tree
+    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,14 +229,14 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         if not (math.isfinite(value) and bool(tree.all_finite(found.value))):
             state.failure = "the upper objective or its gradient became non-finite"
             return None
-        return _Point(x, y, found.adjoint, value, found.value)
+        return _Point(x, y, found.adjoint, value, found.value, found.scale)
 
     def _adopt(self, problem: BilevelProblem, state: ImplicitGradientState, found: _Point) -> None:
         """Make an evaluated point the current one."""
         tree.copy_(state.x, found.x)
         state.y, state.adjoint = tree.clone(found.y), tree.clone(found.adjoint)
         state.value, state.gradient, state.failure = found.value, tree.clone(found.gradient), ""
-        state.stationarity = stationarity(problem, state.x, state.gradient)
+        state.stationarity, state.scale = stationarity(problem, state.x, state.gradient), found.scale
 
     def step(self, problem: BilevelProblem, state: ImplicitGradientState) -> Values:
         """One step of x."""
@@ -301,10 +304,17 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             return Status.RUNNING
         if not math.isfinite(state.value) or (state.stalled and state.failure):
             return Status.LINEAR_SOLVE_FAILED if state.failure.startswith("LINEAR") else Status.NONFINITE
+        return (
+            Status.CONVERGED
+            if state.stationarity <= self._limit(state)
+            else (Status.STALLED if state.stalled else Status.RUNNING)
+        )
+
+    def _limit(self, state: ImplicitGradientState) -> float:
+        """The tolerance. Relative to the first stationarity, which a warm start can make unreachably small: a run that
+        can go no further is measured against the terms that cancel in h instead."""
         assert self.rtol is not None
-        if state.stationarity <= max(self.atol, self.rtol * state.reference):
-            return Status.CONVERGED
-        return Status.STALLED if state.stalled else Status.RUNNING
+        return max(self.atol, self.rtol * max(state.reference, state.scale if state.stalled else 0.0))
 
     def merit(self, problem: BilevelProblem) -> str | None:
         """F on full data; a minibatch's value says too little."""
@@ -318,7 +328,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         self, problem: BilevelProblem, state: ImplicitGradientState, status: Status
     ) -> tuple[Accuracy, Status, str]:
         """One more hypergradient with its error, and the distance to the solution."""
-        assert self.linear_solver is not None and self.rtol is not None
+        assert self.linear_solver is not None
         oracle = Oracle.full(problem, dict(state.counts))
         solver = self.linear_solver if state.minibatch is None else QUICK
         accuracy, found = assess_implicit(problem, oracle, state.x, state.y, solver, state.adjoint)
@@ -328,7 +338,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         hyper = ImplicitMap(problem, oracle, state.y, found.adjoint, self.linear_solver, state.lower_reference)
         distance, note = distance_to_solution(problem, hyper, state.x, found.value, budget)
         accuracy = replace(accuracy, distance=distance, notes=accuracy.notes + ((note,) if note else ()))
-        limit = max(self.atol, self.rtol * state.reference)
+        limit = self._limit(state)
         measured = (accuracy.stationarity or 0.0) + (accuracy.hypergradient_error or 0.0)
         if status is Status.CONVERGED and not measured <= 2.0 * limit:
             message = f"the hypergradient measured again is {measured:.3g}, above the tolerance {limit:.3g}"
