@@ -9,16 +9,30 @@ from torch import Tensor
 from bilevel.oracle import Oracle
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Accuracy
-from implicit import CG, LBFGS, LinearSolver, NewtonCG, SpectralProjectedGradient, tree
+from implicit import (
+    CG,
+    LBFGS,
+    GradientGraph,
+    Hessian,
+    LinearSolver,
+    NewtonCG,
+    SpectralProjectedGradient,
+    lanczos,
+    tree,
+)
 from implicit.derivatives import value_and_gradient
 from implicit.hypergradient import Hypergradient, hypergradient, measure_accuracy
 from implicit.minimizers import ProjectedObjective, gradient_objective, graph_objective
 from implicit.tree import Tree
 
+PROBES = 20
+"""Products spent on looking for negative curvature of the lower level."""
 SAFETY = 2.0
 """Factor on the estimated distance: the estimate is right to first order only."""
 QUICK = CG(rtol=1e-4, max_steps=100)
 """The linear solver of reports on minibatch runs: a report on all data must not cost more than the run."""
+NOT_CONVEX = "the hyper-objective is not convex along a direction tested at the solution"
+SADDLE = "the lower Hessian has a direction of negative curvature at (x, y)"
 LEFT_OVER = 0.05
 """CG on the upper level stops at this fraction of its first residual."""
 
@@ -79,6 +93,9 @@ def assess_implicit(
         oracle.upper, oracle.lower, x, y, graph, found.value, found.linear, solver, problem.strong_convexity
     )
     notes = () if found.linear.success else (f"adjoint system: {found.linear.message}",)
+    lowest = lowest_curvature(graph)
+    if lowest < 0:
+        notes = (*notes, f"{SADDLE} (eigenvalue at most {lowest:.3g}): y is a saddle point, not a lower solution")
     return (
         Accuracy(
             lower_residual=report.lower_residual,
@@ -91,6 +108,20 @@ def assess_implicit(
         ),
         found,
     )
+
+
+def saddle_note(accuracy: Accuracy) -> str | None:
+    """The note that y is a saddle point, if the report has one."""
+    return next((note for note in accuracy.notes if note.startswith(SADDLE)), None)
+
+
+def lowest_curvature(graph: GradientGraph) -> float:
+    """A Ritz value of g_yy from a random start, negative only where g_yy has a negative eigenvalue; zero otherwise.
+
+    The adjoint system alone sees the directions that grad_y f excites, and can be solved at a saddle of g.
+    """
+    spectrum = lanczos(Hessian.of(graph), steps=PROBES)
+    return spectrum.smallest if spectrum.smallest < -1e-6 * abs(spectrum.largest) else 0.0
 
 
 class ImplicitMap:
@@ -154,8 +185,6 @@ def distance_to_solution(
     residual = flat - landed
     size = float(torch.linalg.vector_norm(residual))
     scale = float(torch.linalg.vector_norm(flat)) + 1.0
-    if size == 0.0:
-        return 0.0, None
 
     def tangent(v: Tensor) -> Tensor:
         if problem.upper_set.is_whole_space:
@@ -172,6 +201,13 @@ def distance_to_solution(
         width = eps ** (1 / 3) * scale / norm
         return tangent((tree.ravel(hyper(tree.unravel(flat + width * v, x))) - base) / width)
 
+    generator = torch.Generator().manual_seed(0)
+    probe = tangent(torch.randn(flat.shape, generator=generator, dtype=flat.dtype).to(flat.device))
+    if float(probe @ curvature(probe)) < -(eps ** (1 / 3)) * float(probe @ probe):
+        # Whatever the gradient is: this is a maximum or a saddle of F.
+        return None, NOT_CONVEX
+    if size == 0.0:
+        return 0.0, None
     r = tangent(residual)
     normal = float(torch.linalg.vector_norm(residual - r))
     d, p = torch.zeros_like(r), r.clone()
@@ -185,7 +221,7 @@ def distance_to_solution(
         bp = curvature(p)
         pbp = float(p @ bp)
         if not pbp > 0:
-            return None, "the hyper-objective is not convex along a direction tested at the solution"
+            return None, NOT_CONVEX
         alphas.append(rr / pbp)
         d, r = d + alphas[-1] * p, r - alphas[-1] * bp
         betas.append(float(r @ r) / rr)

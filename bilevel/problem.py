@@ -98,8 +98,8 @@ class BilevelProblem:
 
         Raises:
             TypeError: for leaves that are no floating-point tensors, or objectives that return no scalar tensor.
-            ValueError: for mixed devices or dtypes, NaN, a lower objective without y, an x that enters nothing, sets
-                that do not fit.
+            ValueError: for mixed devices, NaN, an objective that is random although its data are not, a lower objective
+                without y, an x that enters nothing, sets that do not fit.
 
         Warns:
             UserWarning: if the upper objective ignores y, or a leaf of y does not enter the lower objective.
@@ -110,6 +110,8 @@ class BilevelProblem:
         self.upper_set.check(x0, "x0")
         self.lower_set.check(y0, "y0")
         used = {level: self._dependence(level, x0, y0) for level in ("upper", "lower")}
+        if not self.stochastic:
+            self._refuse_random(x0, y0)
         in_y = used["lower"][1]
         if not any(in_y):
             raise ValueError(
@@ -124,6 +126,21 @@ class BilevelProblem:
                 raise ValueError(f"x{name} enters neither objective; remove it, or check that the graph is not cut")
         if not any(used["upper"][1]):
             warnings.warn("upper does not depend on y: the lower level has no influence on the solution", stacklevel=3)
+
+    def _refuse_random(self, x0: Tree, y0: Tree) -> None:
+        """Line searches and reports on full data compare values, which a random objective makes meaningless."""
+        for level in ("upper", "lower"):
+            data: Batches | None = getattr(self, f"{level}_data")
+            with torch.no_grad():
+                first, second = (
+                    float(evaluate(getattr(self, level), level, x0, y0, data.full() if data is not None else None))
+                    for _ in range(2)
+                )
+            if abs(first - second) > 1e-4 * max(abs(first), abs(second)):
+                raise ValueError(
+                    f"{level} is random: two evaluations at (x0, y0) gave {first:.6g} and {second:.6g}. Call .eval() "
+                    "on modules with Dropout or BatchNorm, or fix the draws"
+                )
 
     def _dependence(self, level: str, x0: Tree, y0: Tree) -> tuple[list[bool], list[bool]]:
         x, y = tree.variables(x0), tree.variables(y0)

@@ -18,7 +18,8 @@ class Accuracy:
         stationarity: ``||x - P_X(x - h)||`` with the hypergradient h measured independently of the method's surrogate.
         hypergradient_error: error of that hypergradient.
         hypergradient_error_kind: ``"bound"`` or ``"estimate"``.
-        bias: hypergradient bias of a penalty method at its penalty, from a second penalty of twice the size.
+        bias: hypergradient bias of a penalty method at its penalty: the larger of twice its change at twice the penalty
+            and its distance from the independent hypergradient.
         distance: estimated Euclidean distance of x to the nearest solution, doubled for safety; None if the
             curvature there is not positive or was too costly to measure.
         feasibility: violation of the constraints.

@@ -75,8 +75,10 @@ def solve(
     _refuse_unknown(unknown)
     if not isinstance(problem, BilevelProblem):
         raise TypeError(f"problem must be a bilevel.BilevelProblem, got {type(problem).__name__}")
-    listeners = list(callbacks)
-    _check_budgets(max_steps, time_limit)
+    listeners = _check_callbacks(callbacks)
+    _check_budgets(max_steps, time_limit, rtol, atol)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}; torch.Generator().manual_seed(seed)")
     if checkpoint is not None or any(isinstance(c, SaveCheckpoint) for c in listeners):
         problem.require_resumable()
     if checkpoint is not None:
@@ -95,14 +97,13 @@ def solve(
         max_steps=limit,
         time_limit=time_limit,
         callbacks=listeners,
-        capture=lambda r: _capture(method, r),
+        capture=lambda r: _capture(problem, method, r),
         interruptible=True,
     )
     solution = _finish(problem, method, run)
     if run.error is not None:
         raise SolveError(
-            f"step {run.state.step + 1} raised {type(run.error).__name__}: {run.error}; .solution holds the point "
-            "before it",
+            f"{run.culprit} raised {type(run.error).__name__}: {run.error}; .solution holds the last point",
             solution,
         ) from run.error
     if solution.status.is_failure and raise_on_failure:
@@ -116,7 +117,20 @@ def _refuse_unknown(unknown: dict[str, Any]) -> None:
         raise TypeError(f"solve() has no argument {name!r}{cure}")
 
 
-def _check_budgets(max_steps: int | None, time_limit: float | None) -> None:
+def _check_callbacks(callbacks: Any) -> list[Callback]:
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks must be a list of functions, got {callbacks!r}; write callbacks=[...]")
+    listeners = list(callbacks)
+    for listener in listeners:
+        if not callable(listener):
+            raise TypeError(f"callbacks must be functions of a StepInfo, got {listener!r}")
+    return listeners
+
+
+def _check_budgets(max_steps: int | None, time_limit: float | None, rtol: float | None, atol: float | None) -> None:
+    for name, value in (("time_limit", time_limit), ("rtol", rtol), ("atol", atol)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"{name} must be a number or None, got {value!r}")
     if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 0):
         raise ValueError(f"max_steps must be a non-negative integer or None, got {max_steps!r}")
     if time_limit is not None and not time_limit > 0:
@@ -165,7 +179,13 @@ def _with_tolerances(algorithm: Algorithm, rtol: float | None, atol: float | Non
     return replace(algorithm, atol=atol) if atol is not None else algorithm
 
 
-def _capture(method: Algorithm, run: Run[Any]) -> dict[str, Any]:
+def _data_of(problem: BilevelProblem) -> dict[str, list[int | None] | None]:
+    """Rows and batch size of each level."""
+    levels = {"upper_data": problem.upper_data, "lower_data": problem.lower_data}
+    return {name: None if d is None else [d.rows, d.batch_size] for name, d in levels.items()}
+
+
+def _capture(problem: BilevelProblem, method: Algorithm, run: Run[Any]) -> dict[str, Any]:
     """The whole run as plain data."""
     x, y = run.state.x, run.state.y
     return {
@@ -174,7 +194,7 @@ def _capture(method: Algorithm, run: Run[Any]) -> dict[str, Any]:
         "name": method.name,
         "state": run.state.state_dict(),
         "start": [[leaf.detach().clone() for leaf in tree.leaves(t)] for t in (x, y)],
-        "structure": [str(tree.structure(t)) for t in (x, y)],
+        "data": _data_of(problem),
         "skeleton": [_skeleton(x), _skeleton(y)],
         "history": [dict(row) for row in run.history],
         "seconds": run.seconds,
@@ -242,6 +262,13 @@ def _restore(
     given = None if algorithm is None else _require_algorithm(algorithm)
     if given is not None and given.name != checkpoint["name"]:
         raise ValueError(f"the checkpoint is a run of {checkpoint['name']}, not of {given.name}")
+    for name, now in _data_of(problem).items():
+        then = checkpoint["data"][name]
+        if then != now:
+            raise ValueError(
+                f"the checkpoint was made with {name} of [rows, batch_size] = {then}, this problem has {now}; "
+                "resume with the same data and batch size, or start a new run from its x and y"
+            )
     method = _decode_algorithm(checkpoint, given)
     method = _with_tolerances(method, rtol, atol)
     x, y = (_rebuild(s, list(leaves)) for s, leaves in zip(checkpoint["skeleton"], checkpoint["start"], strict=True))
@@ -278,7 +305,7 @@ def evaluate_metrics(problem: BilevelProblem, x: Tree, y: Tree) -> dict[str, flo
 
 def _finish(problem: BilevelProblem, method: Algorithm, run: Run[Any]) -> Solution:
     state, status = run.state, run.status
-    captured = _capture(method, run) if problem.resumable else {}
+    captured = _capture(problem, method, run) if problem.resumable else {}
     early = status in (Status.STEP_LIMIT, Status.TIME_LIMIT, Status.STOPPED, Status.NONFINITE)
     merit = method.merit(problem)
     last = run.history[-1].get(merit, math.inf) if merit and run.history else math.inf
@@ -293,7 +320,7 @@ def _finish(problem: BilevelProblem, method: Algorithm, run: Run[Any]) -> Soluti
         if status is Status.CONVERGED:
             status, message = Status.STALLED, f"the accuracy report failed, so convergence is not confirmed: {error}"
     if run.error is not None:
-        status, message = Status.STOPPED, f"an objective raised {type(run.error).__name__}: {run.error}"
+        status, message = Status.STOPPED, f"{run.culprit} raised {type(run.error).__name__}: {run.error}"
     values, aux = _final_values(problem, state.x, state.y)
     return Solution(
         x=tree.clone(state.x),

@@ -109,7 +109,8 @@ class Run(Generic[S]):
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     best: Best = field(default_factory=Best)
-    error: Exception | None = None
+    error: BaseException | None = None
+    culprit: str = ""
 
 
 def iterate(
@@ -134,12 +135,12 @@ def iterate(
         time_limit: seconds of this call; None for no limit.
         callbacks: called after every check with a :class:`StepInfo`.
         capture: turns the run into a checkpoint dict, for callbacks that save.
-        interruptible: take over SIGINT: the first Ctrl-C lets the step finish and stops, the second raises.
+        interruptible: take over SIGINT and SIGTERM: the first lets the step finish and stops, the second raises.
         record: keep a history and the best point, and serve callbacks; False spares inner solves that cost.
 
     A state that already satisfies ``terminate`` is returned without a step. An exception raised by user code inside a
-    step is stored in ``run.error``; the state is the last one committed and the status stays RUNNING. An exception
-    raised by a callback passes through.
+    step or a callback (``sys.exit`` included) is stored in ``run.error``, with ``run.culprit`` saying where; the state
+    is the last one committed and the status stays RUNNING.
     """
     listeners = list(callbacks)
     began, before = time.perf_counter(), run.seconds
@@ -160,8 +161,8 @@ def iterate(
                 break
             try:
                 values = method.step(problem, state)
-            except Exception as error:
-                run.error = error
+            except (Exception, SystemExit) as error:
+                run.error, run.culprit = error, f"step {state.step + 1}"
                 break
             state.step += 1
             stop = bool(interrupted)
@@ -170,7 +171,11 @@ def iterate(
             if not (stop or late or last or state.step % (method.check_every or 1) == 0):
                 continue
             if record:
-                run.status = _check(method, problem, run, values, info, listeners)
+                try:
+                    run.status = _check(method, problem, run, values, info, listeners)
+                except (Exception, SystemExit) as error:
+                    run.error, run.culprit = error, f"a callback after step {state.step}"
+                    break
             else:
                 run.status = method.terminate(problem, state) if bool(state.finite) else Status.NONFINITE
             if run.status is Status.RUNNING:
@@ -236,15 +241,17 @@ def _interrupt_flag(active: bool) -> Iterator[_Flag]:
     if not active or threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         if flag.raised:
             raise KeyboardInterrupt
         flag.raised = True
 
-    signal.signal(signal.SIGINT, handle)
+    for number in previous:
+        signal.signal(number, handle)
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, previous if previous is not None else signal.SIG_DFL)
+        for number, before in previous.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)

@@ -353,10 +353,9 @@ def test_integer_dtype_is_refused() -> None:
         build(dtype=torch.int64)
 
 
-@pytest.mark.slow
-def test_five_seeds_on_digits(tmp_path: Path) -> None:
-    found = []
-    for seed in range(5):
+def test_five_seeds_on_digits(finished: Finished, tmp_path: Path) -> None:
+    found = [finished.report.metrics]
+    for seed in range(1, 5):
         case = build(seed=seed)
         found.append(report(case, run(case), tmp_path / str(seed)).metrics)
     mean = {name: np.mean([metrics[name] for metrics in found]) for name in found[0]}
@@ -372,4 +371,4 @@ def test_mnist(tmp_path: Path) -> None:
     metrics = report(case, run(case), tmp_path).metrics
     assert metrics["auc"] >= 0.95
     assert metrics["accuracy_learned"] >= metrics["accuracy_right_labels"]
-    assert metrics["accuracy_learned"] > max(metrics["accuracy_all_labels"], metrics["accuracy_clean_only"])
+    assert metrics["accuracy_learned"] >= metrics["accuracy_all_labels"] + 0.02

@@ -99,7 +99,7 @@ def test_points(upper: Any, lower: Any, x: Any, y: Any, error: type[Exception], 
 
     with pytest.raises(error, match=message):
         bilevel.solve(BilevelProblem(upper, counted), ALGORITHM, x, y)
-    assert len(calls) <= 1, "refused before the first step"
+    assert len(calls) <= 3, "refused before the first step"
 
 
 def test_a_leaf_that_enters_nothing_is_named() -> None:
@@ -137,6 +137,13 @@ def test_sets_that_do_not_fit() -> None:
         problem.validate(X0, Y0)
 
 
+def test_a_random_objective_is_refused() -> None:
+    noisy = torch.nn.Dropout(0.5)
+    problem = BilevelProblem(f, lambda x, y: g(x, y) + noisy(torch.ones(50)).sum())
+    with pytest.raises(ValueError, match=r"lower is random: two evaluations.*\.eval\(\)"):
+        problem.validate(X0, Y0)
+
+
 MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"maxiter": 5}, TypeError, r"no argument 'maxiter'; here it is called max_steps"),
     ({"tol": 1e-3}, TypeError, r"called rtol"),
@@ -144,6 +151,11 @@ MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_steps": -1}, ValueError, r"max_steps must be a non-negative integer"),
     ({"max_steps": 1.5}, ValueError, r"max_steps"),
     ({"time_limit": 0.0}, ValueError, r"time_limit must be a positive number"),
+    ({"rtol": "a"}, TypeError, r"rtol must be a number or None, got 'a'"),
+    ({"time_limit": "3"}, TypeError, r"time_limit must be a number"),
+    ({"generator": 3}, TypeError, r"generator must be a torch.Generator, got 3"),
+    ({"callbacks": print}, TypeError, r"callbacks must be a list"),
+    ({"callbacks": [3]}, TypeError, r"callbacks must be functions of a StepInfo, got 3"),
     ({"rtol": -1.0}, ValueError, r"rtol must be >= 0"),
     ({"algorithm": bilevel.Penalty}, TypeError, r"not the class: Penalty\(\)"),
     ({"algorithm": "penalty"}, TypeError, r"algorithm must be such as bilevel.ImplicitGradient\(\), got 'penalty'"),

@@ -127,8 +127,12 @@ def test_resume_refuses_a_second_start_and_another_problem() -> None:
     with pytest.raises(ValueError, match="a run of Penalty, not of ImplicitGradient"):
         bilevel.solve(problem, bilevel.ImplicitGradient(), checkpoint=short.checkpoint)
     other = problems.case("quadratic_pytree").problem
-    with pytest.raises(ValueError, match=r"upper\(x, y\) failed"):
+    with pytest.raises(
+        ValueError, match=r"made with upper_data of \[rows, batch_size\] = \[30, 8\], this problem has None"
+    ):
         bilevel.solve(other, checkpoint=short.checkpoint)
+    with pytest.raises(ValueError, match=r"this problem has \[30, None\]"):
+        bilevel.solve(build("full")[0], checkpoint=short.checkpoint)
     with pytest.raises(ValueError, match="load_checkpoint"):
         bilevel.solve(problem, checkpoint={"format": 99})
 

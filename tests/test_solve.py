@@ -178,6 +178,42 @@ def test_best_point_is_returned_when_a_run_stops_early() -> None:
     assert solution.upper_value == pytest.approx(min(values), rel=1e-9)
 
 
+def test_a_saddle_of_the_lower_level_is_not_convergence() -> None:
+    """CG sees only what grad_y f excites: without a look elsewhere both methods would claim x* = 4/9."""
+    problem = BilevelProblem(
+        lambda x, y: (y[0] - 1) ** 2 + 0.5 * x**2 + x * y[1] ** 2,
+        lambda x, y: 0.5 * (y[0] - 2 * x) ** 2 - 0.5 * y[1] ** 2 + y[1] ** 4 / 4,
+    )
+    for algorithm in (bilevel.ImplicitGradient(), bilevel.Penalty()):
+        solution = bilevel.solve(problem, algorithm, torch.tensor(1.0), torch.zeros(2))
+        assert solution.status is Status.STALLED
+        assert "negative curvature" in solution.message
+        assert any("saddle" in note for note in solution.accuracy.notes)
+    solution = bilevel.solve(problem, bilevel.ImplicitGradient(), torch.tensor(1.0), torch.tensor([0.0, 0.1]))
+    assert solution.status is Status.CONVERGED
+    assert float(solution.x) == pytest.approx(1 / 3, rel=1e-6)
+
+
+def test_a_maximum_of_the_upper_level_has_no_distance() -> None:
+    problem = BilevelProblem(lambda x, y: -(x**2).sum() + 0 * y.sum(), lambda x, y: 0.5 * ((y - x) ** 2).sum())
+    solution = bilevel.solve(problem, bilevel.ImplicitGradient(), torch.zeros(1), torch.zeros(1))
+    assert solution.accuracy.distance is None
+    assert any("not convex" in note for note in solution.accuracy.notes)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), SystemExit(3)])
+def test_a_failing_callback_loses_nothing(error: BaseException) -> None:
+    case = quadratic()
+
+    def broken(info: Any) -> None:
+        if info.step == 3:
+            raise error
+
+    with pytest.raises(bilevel.SolveError, match="a callback after step 3 raised") as caught:
+        bilevel.solve(case.problem, bilevel.ImplicitGradient(), *case.start, callbacks=[broken])
+    assert caught.value.solution.steps == 3
+
+
 def test_torch_optimizers_drive_the_upper_level_and_are_projected() -> None:
     case = quadratic()
     algorithm = bilevel.ImplicitGradient(upper_optimizer=torch.optim.Adam, upper_options={"lr": 0.05}, rtol=1e-6)

@@ -13,7 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.accuracy import QUICK, ImplicitMap, assess_implicit, distance_budget, distance_to_solution, stationarity
+from bilevel.accuracy import (
+    QUICK,
+    ImplicitMap,
+    assess_implicit,
+    distance_budget,
+    distance_to_solution,
+    saddle_note,
+    stationarity,
+)
 from bilevel.algorithms.base import Algorithm, BilevelState, require_positive, require_positive_int
 from bilevel.algorithms.minibatch import MinibatchState, init_minibatch, soba_step
 from bilevel.measure import measure_curvature
@@ -340,7 +348,11 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         accuracy = replace(accuracy, distance=distance, notes=accuracy.notes + ((note,) if note else ()))
         limit = self._limit(state)
         measured = (accuracy.stationarity or 0.0) + (accuracy.hypergradient_error or 0.0)
+        if status is Status.CONVERGED and (saddle := saddle_note(accuracy)) is not None:
+            return accuracy, Status.STALLED, f"{saddle}; start y elsewhere"
         if status is Status.CONVERGED and not measured <= 2.0 * limit:
             message = f"the hypergradient measured again is {measured:.3g}, above the tolerance {limit:.3g}"
             return accuracy, Status.STALLED, message
+        if status is Status.CONVERGED:
+            return accuracy, status, f"stationarity {accuracy.stationarity:.3g}, tolerance {limit:.3g}"
         return accuracy, status, status.value

@@ -19,6 +19,7 @@ from bilevel.accuracy import (
     distance_budget,
     distance_to_solution,
     lower_residual,
+    saddle_note,
     solve_lower,
     stationarity,
     twice_differentiable,
@@ -362,25 +363,35 @@ class Penalty(Algorithm[PenaltyState]):
                 hypergradient_error_kind="estimate",
                 notes=(note,) if whole else (),
             )
-        accuracy = replace(accuracy, bias=bias)
+        disagreement = float(tree.norm(tree.sub(h, once)))
+        accuracy = replace(accuracy, bias=max(bias, disagreement))
         tree.copy_(state.y, exact.polished(state.x, state.y))
         distance, note = distance_to_solution(problem, hyper, state.x, h, distance_budget(state.x, state.step // 10))
         accuracy = replace(accuracy, distance=distance, notes=accuracy.notes + ((note,) if note else ()))
         if status is not Status.CONVERGED:
             return accuracy, status, status.value
+        if (saddle := saddle_note(accuracy)) is not None:
+            return accuracy, Status.STALLED, f"{saddle}; start y elsewhere"
         limit = max(self.atol, self.rtol * float(state.first))
         surrogate = stationarity(problem, state.x, once)
-        disagreement = float(tree.norm(tree.sub(h, once)))
         if surrogate > 10.0 * limit + 0.5 * bias:
             message = f"with both inner problems solved the surrogate gradient is {surrogate:.3g}; raise lower_steps"
             return accuracy, Status.STALLED, message
         if disagreement > 2.0 * bias + 10.0 * limit:
             message = (
                 f"the implicit hypergradient differs from the surrogate by {disagreement:.3g}, more than the bias "
-                f"{bias:.3g} explains: the lower level may have several solutions, or the penalty is too small"
+                f"{bias:.3g} explains: the penalty is too small, the lower level has several solutions, or rounding "
+                "drowns the difference of lower values: scale the objectives to similar sizes"
             )
             return accuracy, Status.STALLED, message
-        return accuracy, status, f"converged at penalty {self.penalty:.3g}; hypergradient bias {bias:.3g}"
+        return (
+            accuracy,
+            status,
+            (
+                f"surrogate stationarity {surrogate:.3g}, tolerance {limit:.3g} at penalty {self.penalty:.3g}; "
+                f"hypergradient bias {accuracy.bias:.3g}"
+            ),
+        )
 
 
 class _ExactPenalty:
