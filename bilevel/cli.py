@@ -19,6 +19,7 @@ from bilevel import picture, report, settings
 from bilevel.request import Request, prepare, read_request
 from bilevel.solution import Solution
 from bilevel.targets import Job, Target, describe_error, load_target, locate
+from bilevel.threads import chosen_threads
 from implicit import Progress, SaveCheckpoint, SolveError, StepInfo
 
 MISUSE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -129,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def _add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--algorithm", metavar="NAME", help="default: ImplicitGradient where it fits, else Penalty")
     sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting; may be repeated")
@@ -137,6 +145,9 @@ def _add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--rtol", metavar="R", type=float, help="relative tolerance on the stationarity")
     sub.add_argument("--atol", metavar="A", type=float, help="absolute tolerance on it")
     sub.add_argument("--seed", metavar="S", type=int, help="of the run, and of the problem where it has one; default 0")
+    sub.add_argument(
+        "--threads", metavar="N", type=_positive, help="default: 1 for small lower levels, else what torch takes"
+    )
     sub.add_argument("--device", metavar="DEVICE", help="cpu or cuda, for problems with that setting")
     sub.add_argument("--dtype", choices=("float32", "float64"), help="for problems with that setting")
     sub.add_argument("--out", metavar="DIR", type=Path, help="where results go; default runs/CASE-ALGORITHM")
@@ -237,6 +248,13 @@ def _execute(args: argparse.Namespace, argv: list[str], target: Target) -> int:
     with _misuse(target.file):
         stored, checkpoint = read_request(args, target) if args.resume else (None, None)
         request = prepare(args, target, stored)
+    with chosen_threads(request.job.start[1], args.threads):
+        return _solve_request(request, args, argv, target, checkpoint)
+
+
+def _solve_request(
+    request: Request, args: argparse.Namespace, argv: list[str], target: Target, checkpoint: dict[str, Any] | None
+) -> int:
     opening = _Opening(request, args)
     solution, error = None, None
     try:

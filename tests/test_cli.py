@@ -598,6 +598,28 @@ def test_a_bug_after_the_first_step_is_not_called_misuse(
     }
 
 
+def test_small_problems_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bilevel.threads import SMALL, chosen_threads
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with chosen_threads(torch.zeros(SMALL - 1), None) as small:
+            assert small == torch.get_num_threads() == 1
+        with chosen_threads([torch.zeros(SMALL), torch.zeros(())], None) as large:
+            assert large == 2
+        with chosen_threads(torch.zeros(SMALL), 1) as asked:
+            assert asked == 1
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with chosen_threads(torch.zeros(3), None) as by_environment:
+            assert by_environment == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert run("run quadratic --max-steps 1 --threads 0") == 2
+
+
 def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("odd.py").write_text(
         "import bilevel, torch\nx0 = y0 = torch.zeros(2)\n"
