@@ -116,7 +116,7 @@ class Penalty(Algorithm[PenaltyState]):
         lower_curvature: L_g; None measures it. It is raised when the path shows more.
         lower_condition: ``L_g / mu``, which sets the acceleration on full data; None measures it, 1 turns it off.
         upper_curvature: L_f; None measures it.
-        lower_decay: on minibatches the inner steps shrink by ``(1 + t / lower_decay)^(-1/2)``; None for full data.
+        lower_decay: on minibatches the inner steps shrink by ``(1 + t / lower_decay)^(-1/2)``; None keeps them.
         step_size: rule for the length of the steps of x.
         momentum: of the direction of x.
         rtol: relative tolerance on ``||x - P_X(x - G)||``; None means 1e-5 (float32: 1e-3).
