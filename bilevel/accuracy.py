@@ -87,8 +87,10 @@ def assess_implicit(
     problem: BilevelProblem, oracle: Oracle, x: Tree, y: Tree, solver: LinearSolver, adjoint: Tree | None
 ) -> tuple[Accuracy, Hypergradient]:
     """The report of one implicit hypergradient at (x, y), without the distance."""
-    found = hypergradient(oracle.upper, oracle.lower, x, y, linear_solver=solver, adjoint=adjoint, accuracy=False)
     graph = oracle.graph(x, y)
+    found = hypergradient(
+        oracle.upper, oracle.lower, x, y, linear_solver=solver, adjoint=adjoint, graph=graph, accuracy=False
+    )
     report = measure_accuracy(
         oracle.upper, oracle.lower, x, y, graph, found.value, found.linear, solver, problem.strong_convexity
     )

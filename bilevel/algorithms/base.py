@@ -21,14 +21,12 @@ class BilevelState(State):
         x, y: the iterates, owned copies.
         counts: oracle calls so far.
         generator: the only one of the run.
-        reference: the first stationarity measured; tolerances are relative to it.
     """
 
     x: Tree
     y: Tree
     generator: torch.Generator
     counts: Counts = field(default_factory=new_counts)
-    reference: float = 0.0
 
 
 B = TypeVar("B", bound=BilevelState)

@@ -45,6 +45,7 @@ class ImplicitGradientState(BilevelState):
         gradient: the hypergradient at x (full data).
         value: F(x) (full data).
         stationarity: ``||x - P_X(x - h)||`` (full data).
+        reference: the first stationarity measured; the tolerance is relative to it (full data).
         scale: size of the terms that cancel in h; no stationarity below ``sqrt(eps)`` of it means much.
         lower_reference: the largest lower gradient norm met; lower tolerances refer to it.
         hypergradients: how many were evaluated.
@@ -57,6 +58,7 @@ class ImplicitGradientState(BilevelState):
     gradient: Tree
     value: float = math.inf
     stationarity: float = math.inf
+    reference: float = 0.0
     scale: float = 0.0
     lower_reference: float = 0.0
     hypergradients: int = 0

@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,21 +38,9 @@ class Evaluation:
 Objective = Callable[[Tensor], Evaluation]
 
 
-class MinimizerState(Protocol):
-    """What every minimizer's state offers to those who compose it."""
-
-    step: int
-    point: Tensor
-    value: float
-    gradient: Tensor
-    tolerance: float
-    evaluations: int
-    stalled: bool
-
-
 @dataclass(kw_only=True)
 class PointState(State):
-    """The fields of :class:`MinimizerState`, and what tells that rounding is reached.
+    """What every minimizer keeps of its current point, and what tells that rounding is reached.
 
     ``extra`` belongs to the current point and is not saved. ``idle`` counts evaluations since the value last fell
     below ``best_value``, or the gradient norm below ``best_norm``, by more than rounding can explain.
