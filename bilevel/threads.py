@@ -11,7 +11,7 @@ from implicit.tree import Tree
 
 SMALL = 4096
 """Lower variables below which a second thread costs more than it brings: on a shared machine threads that wait for each
-other at every tiny operation can slow a run down twentyfold."""
+other at every tiny operation have slowed the main job more than tenfold."""
 
 
 @contextmanager
