@@ -61,7 +61,8 @@ def from_modules(
     Args:
         upper, lower: an nn.Module, or a pytree of tensors.
         upper_loss, lower_loss: scalar losses of both levels.
-        declaration: further fields of :class:`BilevelProblem`, such as ``upper_data``.
+        declaration: further fields of :class:`BilevelProblem`, such as ``upper_data``; a ``regularizer`` is called
+            like the losses.
 
     Raises:
         TypeError: if a level is neither.
@@ -90,6 +91,8 @@ def from_modules(
         objective.__signature__ = _signature(loss)  # type: ignore[attr-defined]
         return objective
 
+    if declaration.get("regularizer") is not None:
+        declaration = {**declaration, "regularizer": bind(declaration["regularizer"])}
     return ModuleProblem(
         bind(upper_loss), bind(lower_loss), start=starts, modules=(modules[0], modules[1]), **declaration
     )

@@ -41,12 +41,22 @@ class Oracle:
     def upper(self, x: Tree, y: Tree) -> Tensor:
         """f(x, y)."""
         self.counts["upper"] += 1
-        return evaluate(self.problem.upper, "upper", x, y, self.upper_batch)
+        return self.problem.value("upper", x, y, self.upper_batch)
 
     def lower(self, x: Tree, y: Tree) -> Tensor:
         """g(x, y)."""
         self.counts["lower"] += 1
+        return self.problem.value("lower", x, y, self.lower_batch)
+
+    def data_term(self, x: Tree, y: Tree) -> Tensor:
+        """g(x, y) without its regularizer; counts as an evaluation of g."""
+        self.counts["lower"] += 1
         return evaluate(self.problem.lower, "lower", x, y, self.lower_batch)
+
+    def regularizer(self, x: Tree, y: Tree) -> Tensor:
+        """The declared regularizer; not counted, since it touches no data."""
+        assert self.problem.regularizer is not None
+        return evaluate(self.problem.regularizer, "regularizer", x, y, None)
 
     def graph(self, x: Tree, y: Tree) -> GradientGraph:
         """The kept gradient graph of g at (x, y)."""

@@ -24,7 +24,10 @@ class BilevelProblem:
 
     Args:
         upper: f(x, y), a scalar tensor, differentiable; or ``(f, aux)``.
-        lower: g(x, y), a scalar tensor, twice differentiable; or ``(g, aux)``.
+        lower: g(x, y), a scalar tensor, twice differentiable; or ``(g, aux)``. With a regularizer, its data term.
+        regularizer: r(x, y), a scalar tensor: the lower objective is ``lower + regularizer``. It sees no batch.
+            Declaring it apart lets :class:`ImplicitGradient` write a quadratic data term down as its Gram matrix once,
+            and keep the data term's Hessian between steps.
         upper_data, lower_data: :class:`Batches`; a level that declares data receives it: ``f(x, y, *, batch)``.
         upper_set, lower_set: closed convex sets X and Y from ``constrained``; the whole space by default.
         metrics: named functions of (x, y) that need not be differentiable, evaluated for the record only.
@@ -42,6 +45,7 @@ class BilevelProblem:
 
     upper: Objective
     lower: Objective
+    regularizer: Objective | None = field(default=None, kw_only=True)
     upper_data: Batches | None = field(default=None, kw_only=True)
     lower_data: Batches | None = field(default=None, kw_only=True)
     upper_set: ConvexSet = field(default_factory=WholeSpace, kw_only=True)
@@ -63,6 +67,11 @@ class BilevelProblem:
             chosen = getattr(self, f"{level}_set")
             if not isinstance(chosen, ConvexSet):
                 raise TypeError(f"{level}_set must be a set from constrained, got {type(chosen).__name__}")
+        if self.regularizer is not None:
+            if not callable(self.regularizer):
+                found = type(self.regularizer).__name__
+                raise TypeError(f"regularizer must be a function of (x, y), got {found}")
+            _check_signature("regularizer", self.regularizer, False)
         for name, metric in self.metrics.items():
             if not callable(metric):
                 raise TypeError(f"metrics[{name!r}] must be a function of (x, y), got {type(metric).__name__}")
@@ -127,14 +136,20 @@ class BilevelProblem:
         if not any(used["upper"][1]):
             warnings.warn("upper does not depend on y: the lower level has no influence on the solution", stacklevel=3)
 
+    def value(self, level: str, x: Tree, y: Tree, batch: Any = None) -> Tensor:
+        """The objective of a level ("upper" or "lower") on one batch, the regularizer included."""
+        found = evaluate(getattr(self, level), level, x, y, batch)
+        if level == "upper" or self.regularizer is None:
+            return found
+        return found + evaluate(self.regularizer, "regularizer", x, y, None)
+
     def _refuse_random(self, x0: Tree, y0: Tree) -> None:
         """Line searches and reports on full data compare values, which a random objective makes meaningless."""
         for level in ("upper", "lower"):
             data: Batches | None = getattr(self, f"{level}_data")
             with torch.no_grad():
                 first, second = (
-                    float(evaluate(getattr(self, level), level, x0, y0, data.full() if data is not None else None))
-                    for _ in range(2)
+                    float(self.value(level, x0, y0, data.full() if data is not None else None)) for _ in range(2)
                 )
             if abs(first - second) > 1e-4 * max(abs(first), abs(second)):
                 raise ValueError(
@@ -145,7 +160,7 @@ class BilevelProblem:
     def _dependence(self, level: str, x0: Tree, y0: Tree) -> tuple[list[bool], list[bool]]:
         x, y = tree.variables(x0), tree.variables(y0)
         data: Batches | None = getattr(self, f"{level}_data")
-        value = evaluate(getattr(self, level), level, x, y, _first_batch(data) if data is not None else None)
+        value = self.value(level, x, y, _first_batch(data) if data is not None else None)
         if not bool(torch.isfinite(value)):
             raise ValueError(f"{level}(x0, y0) is {float(value.detach())}; start where both objectives are finite")
         if not value.requires_grad:
@@ -200,6 +215,8 @@ def _check_signature(level: str, function: Objective, has_data: bool) -> None:
     batch = parameters.get("batch")
     if has_data and batch is None and not takes_any:
         raise TypeError(f"{level}_data is declared, so {level} must accept it: def {level}(x, y, *, batch)")
+    if level == "regularizer" and batch is not None and batch.default is inspect.Parameter.empty:
+        raise TypeError("regularizer takes a batch, but it is r(x, y); what needs data belongs to lower")
     if not has_data and batch is not None and batch.default is inspect.Parameter.empty:
         raise TypeError(f"{level} takes a batch, but {level}_data is not declared: {level}_data=bilevel.Batches(...)")
 

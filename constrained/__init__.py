@@ -9,12 +9,26 @@ if getattr(_implicit, "ENGINE_OF", None) != "bilevel":
         "bilevel (or remove a local implicit.py)"
     )
 
+from constrained.sets import Affine as Affine
 from constrained.sets import Ball as Ball
 from constrained.sets import Box as Box
 from constrained.sets import ConvexSet as ConvexSet
+from constrained.sets import HalfSpace as HalfSpace
 from constrained.sets import Nonnegative as Nonnegative
 from constrained.sets import Product as Product
+from constrained.sets import SecondOrderCone as SecondOrderCone
 from constrained.sets import Simplex as Simplex
 from constrained.sets import WholeSpace as WholeSpace
 
-__all__ = ["Ball", "Box", "ConvexSet", "Nonnegative", "Product", "Simplex", "WholeSpace"]
+__all__ = [
+    "Affine",
+    "Ball",
+    "Box",
+    "ConvexSet",
+    "HalfSpace",
+    "Nonnegative",
+    "Product",
+    "SecondOrderCone",
+    "Simplex",
+    "WholeSpace",
+]

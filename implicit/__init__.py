@@ -13,6 +13,7 @@ from implicit.derivatives import GradientGraph as GradientGraph
 from implicit.derivatives import hvp as hvp
 from implicit.derivatives import joint_product as joint_product
 from implicit.derivatives import mixed_vjp as mixed_vjp
+from implicit.hutchinson import hutchinson_diagonal as hutchinson_diagonal
 from implicit.hypergradient import Hypergradient as Hypergradient
 from implicit.hypergradient import HypergradientAccuracy as HypergradientAccuracy
 from implicit.hypergradient import hypergradient as hypergradient
@@ -33,11 +34,20 @@ from implicit.minimizers import NewtonCG as NewtonCG
 from implicit.minimizers import SpectralProjectedGradient as SpectralProjectedGradient
 from implicit.minimizers import minimize as minimize
 from implicit.operators import Dense as Dense
+from implicit.operators import Diagonal as Diagonal
 from implicit.operators import GradientDifference as GradientDifference
 from implicit.operators import Hessian as Hessian
+from implicit.operators import Identity as Identity
 from implicit.operators import LinearOperator as LinearOperator
+from implicit.operators import Product as Product
+from implicit.operators import Scaled as Scaled
 from implicit.operators import Shifted as Shifted
+from implicit.operators import Sum as Sum
+from implicit.preconditioners import Factorization as Factorization
 from implicit.preconditioners import Jacobi as Jacobi
+from implicit.preconditioners import Kept as Kept
+from implicit.preconditioners import KeptState as KeptState
+from implicit.preconditioners import Nystrom as Nystrom
 from implicit.progress import Progress as Progress
 from implicit.random import paired as paired
 from implicit.root import custom_argmin as custom_argmin
@@ -46,6 +56,8 @@ from implicit.state import State as State
 from implicit.status import ConvergenceWarning as ConvergenceWarning
 from implicit.status import SolveError as SolveError
 from implicit.status import Status as Status
+from implicit.structure import KeptHessian as KeptHessian
+from implicit.structure import QuadraticForm as QuadraticForm
 
 ENGINE_OF = "bilevel"
 """Marks this package as ours: an unrelated distribution on the package index is also called ``implicit``."""
@@ -57,23 +69,33 @@ __all__ = [
     "Cholesky",
     "ConvergenceWarning",
     "Dense",
+    "Diagonal",
+    "Factorization",
     "GradientDifference",
     "GradientGraph",
     "Hessian",
     "Hypergradient",
     "HypergradientAccuracy",
+    "Identity",
     "IterativeMethod",
     "Jacobi",
+    "Kept",
+    "KeptHessian",
+    "KeptState",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
     "Minimizer",
     "Minimum",
     "NewtonCG",
+    "Nystrom",
     "Preconditioner",
+    "Product",
     "Progress",
+    "QuadraticForm",
     "Run",
     "SaveCheckpoint",
+    "Scaled",
     "Shifted",
     "SolveError",
     "SpectralProjectedGradient",
@@ -81,8 +103,10 @@ __all__ = [
     "State",
     "Status",
     "StepInfo",
+    "Sum",
     "custom_argmin",
     "custom_root",
+    "hutchinson_diagonal",
     "hvp",
     "hypergradient",
     "iterate",

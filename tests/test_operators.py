@@ -5,7 +5,20 @@ import pytest
 import scipy.sparse.linalg
 import torch
 
-from implicit import Dense, GradientDifference, GradientGraph, Hessian, LinearOperator, Shifted, tree
+from implicit import (
+    Dense,
+    Diagonal,
+    GradientDifference,
+    GradientGraph,
+    Hessian,
+    Identity,
+    LinearOperator,
+    Product,
+    Scaled,
+    Shifted,
+    Sum,
+    tree,
+)
 
 
 def vector(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -35,6 +48,32 @@ def general() -> torch.Tensor:
     return vector(SIZE, SIZE, seed=MATRIX_SEED)
 
 
+def swapped():
+    """The same space as :func:`nested`, its keys in another order."""
+    point = nested()
+    return {"parts": point["parts"], "none": point["none"], "w": point["w"]}
+
+
+def permutation() -> torch.Tensor:
+    """P with ``P @ ravel(v) == ravel(v in the order of swapped())``."""
+    columns = tree.unravel(torch.eye(SIZE), nested())
+    return tree.ravel_batch({key: columns[key] for key in swapped()}).T
+
+
+def wide() -> torch.Tensor:
+    return vector(4, SIZE, seed=8)
+
+
+def rectangular() -> Dense:
+    return Dense(wide(), nested(), {"a": torch.zeros(3), "b": torch.zeros(())})
+
+
+def turned() -> Dense:
+    """``general()`` over the same space in another order."""
+    p = permutation()
+    return Dense(p @ general() @ p.T, swapped(), symmetric=False)
+
+
 class Stack(LinearOperator):
     """The least a subclass can write: :meth:`mv` alone."""
 
@@ -58,6 +97,37 @@ MAKERS = {
         1e-12,
     ),
     "GradientDifference": (lambda: GradientDifference(objective, nested()), dense_hessian, 2e-8),
+    "rectangular": (rectangular, wide, 1e-12),
+    "rectangular, transposed": (lambda: rectangular().T, lambda: wide().T, 1e-12),
+    "Identity": (lambda: Identity(nested()), lambda: torch.eye(SIZE), 1e-12),
+    "Diagonal": (lambda: Diagonal(nested()), lambda: torch.diag(tree.ravel(nested())), 1e-12),
+    "Sum": (
+        lambda: Hessian(objective, nested()) + 2 * Diagonal(nested()) - Identity(nested()) / 4,
+        lambda: dense_hessian() + 2 * torch.diag(tree.ravel(nested())) - 0.25 * torch.eye(SIZE),
+        1e-10,
+    ),
+    "Sum of rectangular ones": (lambda: rectangular() + 0.5 * rectangular(), lambda: 1.5 * wide(), 1e-12),
+    "Sum over another order": (
+        lambda: Dense(general(), nested(), symmetric=False) + turned(),
+        lambda: 2 * general(),
+        1e-12,
+    ),
+    "Scaled": (lambda: -3 * Dense(general(), nested(), symmetric=False), lambda: -3 * general(), 1e-12),
+    "Product": (
+        lambda: rectangular() @ Dense(general(), nested(), symmetric=False),
+        lambda: wide() @ general(),
+        1e-12,
+    ),
+    "Product over another order": (
+        lambda: rectangular() @ turned() @ Hessian(objective, swapped()),
+        lambda: wide() @ general() @ dense_hessian() @ permutation().T,
+        1e-10,
+    ),
+    "Product, declared symmetric": (
+        lambda: Product(rectangular().T, rectangular(), symmetric=True),
+        lambda: wide().T @ wide(),
+        1e-12,
+    ),
     "mv alone": (lambda: Stack(nested()), lambda: 3.0 * torch.eye(SIZE), 1e-12),
 }
 EACH = pytest.mark.parametrize("name", MAKERS)
@@ -71,9 +141,11 @@ def make(name):
 @EACH
 def test_every_product_is_that_of_the_matrix(name) -> None:
     operator, matrix, close = make(name)
-    v, rows = vector(SIZE, seed=5), vector(5, SIZE, seed=6)
+    n = matrix.shape[1]
+    v, rows = vector(n, seed=5), vector(5, n, seed=6)
     as_tree = tree.unravel(v, operator.like)
-    assert operator.shape == (SIZE, SIZE)
+    assert operator.shape == tuple(matrix.shape)
+    assert operator.size == n
     torch.testing.assert_close(tree.ravel(operator @ as_tree), matrix @ v, **close)
     torch.testing.assert_close(tree.ravel(operator.mv(as_tree)), matrix @ v, **close)
     torch.testing.assert_close(operator.flat_mv(v), matrix @ v, **close)
@@ -84,34 +156,44 @@ def test_every_product_is_that_of_the_matrix(name) -> None:
     for chunk in (None, 4, 64):
         torch.testing.assert_close(operator.to_dense(chunk), matrix, **close)
     torch.testing.assert_close(operator.flat_mm(rows[:1]), rows[:1] @ matrix.T, **close)
+    assert operator.flat_mm(rows[:0]).shape == (0, len(matrix))
+    batch = operator @ tree.unravel(rows, operator.like)
+    torch.testing.assert_close(tree.ravel_batch(batch), rows @ matrix.T, **close)
+    assert tree.describe(operator @ as_tree) == tree.describe(operator.out)
     assert not operator.flat_mv(v).requires_grad
 
 
 @EACH
 def test_products_are_counted(name) -> None:
-    operator, _, _ = make(name)
-    v = vector(SIZE)
+    operator, matrix, _ = make(name)
+    n = matrix.shape[1]
+    v = vector(n)
     assert operator.products == 0
     operator.flat_mv(v)
     assert operator.products == 1
     _ = operator @ tree.unravel(v, operator.like)
     assert operator.products == 2
-    operator.flat_mm(vector(5, SIZE), chunk=2)
+    operator.flat_mm(vector(5, n), chunk=2)
     assert operator.products == 7
-    operator.mm(tree.unravel(vector(1, SIZE), operator.like))
+    operator.mm(tree.unravel(vector(1, n), operator.like))
     assert operator.products == 8
     operator.to_dense()
-    assert operator.products == 8 + SIZE
+    assert operator.products == 8 + n
     operator.to_scipy() @ v.numpy()
-    assert operator.products == 9 + SIZE
+    assert operator.products == 9 + n
+    operator.to_scipy() @ vector(n, 3).numpy()
+    assert operator.products == 12 + n
 
 
 @EACH
 def test_dicts_in_another_order_are_the_same_vector(name) -> None:
     operator, matrix, close = make(name)
-    v = tree.unravel(vector(SIZE), operator.like)
-    turned = {"parts": v["parts"], "w": v["w"], "none": v["none"]}
+    v = tree.unravel(vector(matrix.shape[1]), operator.like)
+    turned = {key: v[key] for key in reversed(v)}
     torch.testing.assert_close(tree.ravel(operator @ turned), matrix @ tree.ravel(v), **close)
+    rows = tree.unravel(vector(3, matrix.shape[1]), operator.like)
+    found = operator.mm({key: rows[key] for key in reversed(rows)})
+    torch.testing.assert_close(tree.ravel_batch(found), tree.ravel_batch(rows) @ matrix.T, **close)
 
 
 @EACH
@@ -121,10 +203,13 @@ def test_transposes(name) -> None:
         with pytest.raises(TypeError, match="Stack has no transpose; declare it symmetric or use Dense"):
             _ = operator.T
         return
-    v = vector(SIZE)
-    torch.testing.assert_close(operator.T.flat_mv(v), matrix.T @ v, **close)
+    u, v = vector(len(matrix)), vector(matrix.shape[1])
+    torch.testing.assert_close(operator.T.flat_mv(u), matrix.T @ u, **close)
     torch.testing.assert_close(operator.T.T.flat_mv(v), matrix @ v, **close)
-    assert (operator.T is operator) == operator.symmetric == (not name.endswith("general"))
+    torch.testing.assert_close(operator.T.to_dense(), matrix.T, **close)
+    assert tree.describe(operator.T.like) == tree.describe(operator.out)
+    symmetric = matrix.shape[0] == matrix.shape[1] and bool(torch.allclose(matrix, matrix.T))
+    assert (operator.T is operator) == operator.symmetric == symmetric
 
 
 @EACH
@@ -132,13 +217,18 @@ def test_scipy_sees_the_same_operator(name) -> None:
     operator, matrix, close = make(name)
     seen = operator.to_scipy()
     assert isinstance(seen, scipy.sparse.linalg.LinearOperator)
-    assert (seen.shape, seen.dtype) == ((SIZE, SIZE), np.dtype("float64"))
-    v = vector(SIZE).numpy()
+    assert (seen.shape, seen.dtype) == (tuple(matrix.shape), np.dtype("float64"))
+    v = vector(matrix.shape[1]).numpy()
     np.testing.assert_allclose(seen @ v, matrix.numpy() @ v, rtol=close["rtol"], atol=close["atol"])
-    block = vector(SIZE, 3).numpy()
+    block = vector(matrix.shape[1], 3).numpy()
     np.testing.assert_allclose(seen @ block, matrix.numpy() @ block, rtol=close["rtol"], atol=close["atol"])
-    if operator.symmetric:
-        np.testing.assert_allclose(seen.rmatvec(v), matrix.numpy().T @ v, rtol=close["rtol"], atol=close["atol"])
+    if name == "mv alone":
+        with pytest.raises(NotImplementedError, match="rmatvec is not defined"):
+            seen.rmatvec(v)
+        return
+    u, block = vector(len(matrix)).numpy(), vector(len(matrix), 3).numpy()
+    np.testing.assert_allclose(seen.rmatvec(u), matrix.numpy().T @ u, rtol=close["rtol"], atol=close["atol"])
+    np.testing.assert_allclose(seen.rmatmat(block), matrix.numpy().T @ block, rtol=close["rtol"], atol=close["atol"])
 
 
 def test_eigenvalues_through_scipy() -> None:
@@ -192,6 +282,59 @@ def test_declarations_follow_the_parts() -> None:
     assert not Shifted(definite, -1.0).positive_definite
     assert not Shifted(Dense(torch.eye(2), symmetric=False), 1.0).symmetric
     assert GradientDifference(objective, nested()).symmetric
+    assert Diagonal(torch.tensor([1.0, 2.0])).positive_definite
+    assert not Diagonal(torch.tensor([1.0, 0.0])).positive_definite
+    indefinite, general = Dense(torch.eye(2), positive_definite=False), Dense(torch.eye(2), symmetric=False)
+    assert (definite + definite).positive_definite
+    assert not (definite + indefinite).positive_definite
+    assert (definite + indefinite).symmetric
+    assert not (definite + general).symmetric
+    assert (0.5 * definite).positive_definite
+    assert not (0 * definite).positive_definite
+    assert not (-definite).positive_definite
+    assert (-definite).symmetric
+    assert not (2 * general).symmetric
+    assert (definite @ definite).positive_definite
+    assert Product(definite, indefinite, definite).symmetric
+    assert not Product(definite, indefinite, definite).positive_definite
+    assert not (definite @ Dense(torch.eye(2))).symmetric  # equal, but not known to be
+    assert not (general @ general).symmetric
+    assert Product(general.T, general, positive_definite=True).symmetric
+    assert not Product(general.T, general, symmetric=True).positive_definite
+
+
+def test_a_product_shares_no_memory_with_its_argument() -> None:
+    v = torch.ones(2)
+    for operator in (Identity(v), Diagonal(torch.ones(2)), 1.0 * Identity(v), Sum(Identity(v)), Product(Identity(v))):
+        (operator @ v).mul_(5)
+        operator.flat_mv(v).mul_(5)
+        operator.flat_mm(v[None]).mul_(5)
+        operator.mv(v).mul_(5)
+        assert v.tolist() == [1.0, 1.0]
+
+
+def test_one_vector_or_several_is_read_off_the_shapes() -> None:
+    operator = 2 * Identity({"a": torch.zeros(2), "b": torch.zeros(())})
+    one = operator @ {"a": torch.ones(2), "b": torch.tensor(3.0)}
+    assert (one["a"].tolist(), float(one["b"])) == ([2.0, 2.0], 6.0)
+    two = operator @ {"a": torch.ones(2, 2), "b": torch.tensor([3.0, 4.0])}
+    assert (two["a"].tolist(), two["b"].tolist()) == ([[2.0, 2.0]] * 2, [6.0, 8.0])
+    for wrong in (
+        {"a": torch.ones(2), "b": torch.ones(2)},  # one leaf stacked, the other not
+        {"a": torch.ones(3, 2), "b": torch.ones(2)},  # stacks of different lengths
+        {"a": torch.ones(1, 3, 2), "b": torch.ones(1, 3)},  # two leading axes
+        {"a": torch.ones(3), "b": torch.ones(())},
+        {"a": torch.ones(2), "b": 3.0},
+        {"a": torch.ones(2, dtype=torch.float32), "b": torch.ones(())},
+    ):
+        with pytest.raises(ValueError, match=r"v is \['a'\].*; the operator acts on \['a'\] \(2,\) torch.float64"):
+            _ = operator @ wrong
+        with pytest.raises(ValueError, match="mm takes k trees like"):
+            operator.mm(wrong)
+    with pytest.raises(ValueError, match="mm takes k trees like"):
+        operator.mm(one)
+    with pytest.raises(ValueError, match="chunk must be None or at least 1, got 0"):
+        operator.mm(two, chunk=0)
 
 
 def test_dtype_and_domain_are_those_of_the_point() -> None:
@@ -244,10 +387,41 @@ def test_differences_work_where_the_backward_pass_cannot_be_differentiated() -> 
 
 
 def test_misuse_is_named() -> None:
-    with pytest.raises(ValueError, match=r"matrix must be square, got shape \(2, 3\)"):
-        Dense(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="like has 3 entries, the matrix 2 rows; they must agree"):
+    with pytest.raises(ValueError, match=r"matrix must have two axes, got shape \(2,\)"):
+        Dense(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"matrix of shape \(2, 3\) is declared symmetric; it must be square"):
+        Dense(torch.zeros(2, 3), symmetric=True)
+    with pytest.raises(ValueError, match="like has 3 entries, the matrix 2 columns; they must agree"):
         Dense(torch.eye(2), torch.zeros(3))
+    with pytest.raises(ValueError, match="out has 3 entries, the matrix 2 rows; they must agree"):
+        Dense(torch.eye(2), torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"domain has dtype torch.float64, its range torch.float32"):
+        Dense(torch.eye(2), torch.zeros(2), torch.zeros(2, dtype=torch.float32))
+    with pytest.raises(ValueError, match="the domains of the terms differ"):
+        _ = Identity(torch.zeros(2)) + Identity(torch.zeros(3))
+    with pytest.raises(ValueError, match="the ranges of the terms differ"):
+        _ = Dense(torch.eye(2)) + Dense(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="different structures"):
+        _ = Identity(torch.zeros(2)) + Identity({"a": torch.zeros(2)})
+    with pytest.raises(ValueError, match="the spaces between two factors differ"):
+        _ = Dense(torch.zeros(3, 2)) @ Dense(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="the domain and the range of a symmetric product differ"):
+        Product(Dense(torch.zeros(3, 2)), symmetric=True)
+    with pytest.raises(ValueError, match="the domain and the range of a shifted operator differ"):
+        Shifted(Dense(torch.zeros(3, 2)), 1.0)
+    with pytest.raises(ValueError, match="must order their keys alike"):
+        Shifted(Dense(torch.eye(SIZE), nested(), swapped()), 1.0)
+    for make_one, name in ((Sum, "Sum"), (Product, "Product")):
+        with pytest.raises(ValueError, match=f"{name} needs at least one operator"):
+            make_one()
+        with pytest.raises(TypeError, match=f"{name} is made of linear operators, got Tensor"):
+            make_one(Dense(torch.eye(2)), torch.eye(2))
+    with pytest.raises(TypeError, match="alpha must be a number, got Dense; operators compose with @"):
+        _ = Dense(torch.eye(2)) * Dense(torch.eye(2))
+    with pytest.raises(TypeError, match="Scaled is made of linear operators, got Tensor"):
+        Scaled(2.0, torch.eye(2))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = Dense(torch.eye(2)) + 1.0
     with pytest.raises(ValueError, match="the operator's domain mixes dtypes"):
         Hessian(lambda y: y["a"].sum(), {"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.float32)})
     with pytest.raises(TypeError, match="the objective must return a scalar tensor, got float"):

@@ -12,7 +12,18 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from constrained.sets import Ball, Box, ConvexSet, Nonnegative, Product, Simplex, WholeSpace
+from constrained.sets import (
+    Affine,
+    Ball,
+    Box,
+    ConvexSet,
+    HalfSpace,
+    Nonnegative,
+    Product,
+    SecondOrderCone,
+    Simplex,
+    WholeSpace,
+)
 from implicit import tree
 
 DTYPE = torch.float64
@@ -36,6 +47,17 @@ def bounds(*shape: int, seed: int) -> tuple[Tensor, Tensor]:
 
 LOWER, UPPER = bounds(3, 4, seed=1)
 NESTED = {"w": (3, 4), "rest": [(4,), {"deep": (2, 2)}]}
+Pair = namedtuple("Pair", ["z", "t"])  # shapes of a tuple, which is itself the notation of a shape
+
+NORMAL, _ = bounds(3, 4, seed=2)
+MATRIX, _ = bounds(3, 12, seed=3)
+RIGHT = vector(0.5, -1.0, 2.0)
+REDUNDANT = torch.cat([MATRIX, MATRIX[:1] + 2 * MATRIX[1:2]])
+REDUNDANT_RIGHT = torch.cat([RIGHT, RIGHT[:1] + 2 * RIGHT[1:2]])
+BLOCKS = {
+    "rest": [torch.ones(2, 4, dtype=DTYPE), {"deep": bounds(2, 2, 2, seed=4)[0]}],
+    "w": bounds(2, 3, 4, seed=5)[0],
+}
 
 
 def draw(shapes: object, generator: torch.Generator, scale: float = 2.0, dtype: torch.dtype = DTYPE) -> object:
@@ -44,7 +66,9 @@ def draw(shapes: object, generator: torch.Generator, scale: float = 2.0, dtype: 
         return {key: draw(value, generator, scale, dtype) for key, value in shapes.items()}
     if isinstance(shapes, list):
         return [draw(value, generator, scale, dtype) for value in shapes]
-    return scale * torch.randn(*shapes, generator=generator, dtype=dtype)
+    if isinstance(shapes, Pair):
+        return tuple(draw(value, generator, scale, dtype) for value in shapes)
+    return scale * torch.randn(shapes, generator=generator, dtype=dtype)
 
 
 # name: (set, shapes of the point, the constraints in cvxpy given one flat variable per leaf)
@@ -92,10 +116,40 @@ CASES = {
         {"a": (5,), "b": [(1, 3)]},
         lambda p: [p[0] >= 0, p[1] >= 0, cp.sum(p[0]) == 1, cp.sum(p[1]) == 1],
     ),
+    "half-space": (HalfSpace(NORMAL, 0.3), (3, 4), lambda p: [flat(NORMAL) @ p[0] <= 0.3]),
+    "half-space tree": (
+        HalfSpace({"rest": [None, {"deep": 0.5}], "w": NORMAL}, vector(-1.0)[0]),
+        NESTED,
+        lambda p: [flat(NORMAL) @ p[0] + 0.5 * cp.sum(p[2]) <= -1],
+    ),
+    "affine": (Affine(MATRIX.reshape(3, 3, 4), RIGHT), (3, 4), lambda p: [MATRIX.numpy() @ p[0] == flat(RIGHT)]),
+    "affine redundant": (
+        Affine(REDUNDANT, REDUNDANT_RIGHT),
+        (12,),
+        lambda p: [MATRIX.numpy() @ p[0] == flat(RIGHT)],
+    ),
+    "affine tree": (
+        Affine(BLOCKS, 0.5),
+        NESTED,
+        lambda p: [
+            rows(BLOCKS["w"]) @ p[0] + rows(BLOCKS["rest"][0]) @ p[1] + rows(BLOCKS["rest"][1]["deep"]) @ p[2] == 0.5
+        ],
+    ),
+    "second-order cone": (SecondOrderCone(), Pair((5,), ()), lambda p: [cp.norm(p[0]) <= p[1][0]]),
+    "second-order cone tree": (
+        SecondOrderCone(),
+        Pair(NESTED, (1,)),
+        lambda p: [cp.norm(cp.hstack(p[:3])) <= p[3][0]],
+    ),
     "product": (
         Product({"rest": [Ball(1.0), {"deep": Nonnegative()}], "w": Simplex(dim=0)}),
         NESTED,
         lambda p: [p[0] >= 0, *(cp.sum(p[0][j::4]) == 1 for j in range(4)), cp.norm(p[1]) <= 1, p[2] >= 0],
+    ),
+    "product of cones": (
+        Product({"a": SecondOrderCone(), "b": [Affine(torch.ones(1, 3, dtype=DTYPE), 1.0), HalfSpace(1.0, -1.0)]}),
+        {"a": Pair((2,), ()), "b": [(3,), (4,)]},
+        lambda p: [cp.norm(p[0]) <= p[1][0], cp.sum(p[2]) == 1, cp.sum(p[3]) <= -1],
     ),
     "product prefix": (
         Product({"rest": Ball(1.0), "w": WholeSpace()}),
@@ -109,13 +163,17 @@ def flat(value: Tensor) -> np.ndarray:
     return value.reshape(-1).numpy()
 
 
+def rows(matrix: Tensor) -> np.ndarray:
+    return matrix.reshape(len(matrix), -1).numpy()
+
+
 def reference(point: object, constraints: object) -> list[np.ndarray]:
     """The projection as a quadratic program, solved by an interior-point method."""
     targets = [flat(leaf) for leaf in tree.leaves(point)]
     variables = [cp.Variable(len(target)) for target in targets]
     objective = sum(cp.sum_squares(v - t) for v, t in zip(variables, targets, strict=True))
     problem = cp.Problem(cp.Minimize(objective), constraints(variables))
-    for tolerance in (1e-13, 1e-11, 1e-9):  # as tight as the solver can reach
+    for tolerance in (1e-13, 1e-11, 1e-9, 1e-8):  # as tight as the solver can reach
         try:
             problem.solve(cp.CLARABEL, tol_gap_abs=tolerance, tol_gap_rel=tolerance, tol_feas=tolerance)
         except cp.error.SolverError:
@@ -227,7 +285,16 @@ def test_the_guard_against_host_reads_works():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "convex",
-    [WholeSpace(), Box(-0.5, 0.5), Nonnegative(), Ball(1.0), Ball(1.0, 0.5), Simplex(), Simplex(60.0)],
+    [
+        WholeSpace(),
+        Box(-0.5, 0.5),
+        Nonnegative(),
+        Ball(1.0),
+        Ball(1.0, 0.5),
+        Simplex(),
+        Simplex(60.0),
+        HalfSpace(-0.25, -20.0),
+    ],
     ids=repr,
 )
 def test_low_precision_is_preserved_and_close_to_float64(convex, dtype, generator):
@@ -292,6 +359,8 @@ def test_simplex_without_slices():
         (Simplex(), [True, True, False, False]),
         (Ball(1.0), [True, True, True, True]),
         (Ball(1e9), [True, True, True, True]),
+        (HalfSpace(1.0, 9.0), [True, True, True, True]),
+        (Affine([torch.ones(1, 2, dtype=DTYPE)] * 2), [True, True, True, True]),
     ],
     ids=repr,
 )
@@ -314,6 +383,22 @@ def test_infinities_project_where_the_projection_has_a_limit():
     assert torch.equal(Simplex().project(vector(-INF, 0.3, 0.3)), vector(0.0, 0.5, 0.5))
     assert Simplex().project(vector(INF, 0.0)).isnan().all()
     assert Ball(1.0).project(vector(INF, 0.0)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cones_and_affine_sets_in_low_precision(dtype, generator):
+    eps = torch.finfo(dtype).eps
+    matrix = torch.ones(1, 40, dtype=dtype)
+    for convex, exact, shapes in (
+        (Affine(matrix, 3.0), Affine(matrix.double(), 3.0), (40,)),
+        (SecondOrderCone(), SecondOrderCone(), Pair((40,), ())),
+    ):
+        point = draw(shapes, generator, dtype=dtype)
+        projected, want = convex.project(point), exact.project(tree.map(Tensor.double, point))
+        assert all(leaf.dtype == dtype for leaf in tree.leaves(projected))
+        for got, expected in zip(tree.leaves(projected), tree.leaves(want), strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=0.51 * eps, atol=1e-6)  # rounded once
+        assert convex.contains(projected)
 
 
 # -- one set at a time -------------------------------------------------------------------------------------------------
@@ -374,6 +459,147 @@ def test_ball_center_receives_gradients():
     center = vector(0.3, -0.2, 0.1).requires_grad_()
     point = vector(2.0, 1.0, -3.0).requires_grad_()
     assert gradcheck(lambda c, p: Ball(0.7, c).project(p), (center, point))
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_ball_radius_receives_gradients(outside):
+    center, radius = vector(0.3, -0.2, 0.1).requires_grad_(), torch.tensor(0.7, dtype=DTYPE, requires_grad=True)
+    point = (vector(2.0, 1.0, -3.0) if outside else vector(0.4, -0.1, 0.0)).requires_grad_()
+    assert gradcheck(lambda c, r, p: Ball(r, c).project(p), (center, radius, point))
+    assert gradgradcheck(lambda c, r, p: Ball(r, c).project(p), (center, radius, point))
+    gradient = torch.func.grad(lambda r: Ball(r).project(point.detach()).norm())(radius.detach())
+    torch.testing.assert_close(gradient, vector(1.0 if outside else 0.0)[0])
+    assert Ball(torch.tensor(2.0, dtype=DTYPE)).contains(vector(2.0, 0.0))
+    assert not Ball(torch.tensor(2.0, dtype=DTYPE)).contains(vector(2.0, 0.1))
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_half_space_data_receive_gradients(outside):
+    normal, point = vector(0.5, -2.0, 0.0, 1.0).requires_grad_(), vector(1.0, -1.0, 0.5, 2.0).requires_grad_()
+    offset = torch.tensor(1.0 if outside else 6.0, dtype=DTYPE, requires_grad=True)
+    assert gradcheck(lambda p, a, b: HalfSpace(a, b).project(p), (point, normal, offset))
+    assert gradgradcheck(lambda p, a, b: HalfSpace(a, b).project(p), (point, normal, offset))
+    a, p = normal.detach(), point.detach()
+    norm, excess = a @ a, a @ p - 1.0
+    by_hand = {  # p - (a'p - b) a / a'a by the product rule
+        "p": torch.eye(4) - torch.outer(a, a) / norm,
+        "a": -(excess * torch.eye(4) + torch.outer(a, p)) / norm + 2 * excess * torch.outer(a, a) / norm**2,
+        "b": a / norm,
+    }
+    if not outside:
+        by_hand = {"p": torch.eye(4), "a": torch.zeros(4, 4), "b": torch.zeros(4)}
+    found = torch.func.jacrev(lambda p, a, b: HalfSpace(a, b).project(p), argnums=(0, 1, 2))(p, a, offset.detach())
+    for got, want in zip(found, by_hand.values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+
+
+def test_half_space_keeps_points_inside_and_survives_extreme_scales():
+    inside = vector(0.1, 0.2)
+    assert torch.equal(HalfSpace(vector(3.0, 4.0), 1.1).project(inside), inside)
+    assert torch.equal(jacobian(HalfSpace(vector(3.0, 4.0), 1.1), inside), torch.eye(2))  # on the boundary, too
+    for size in (1e-30, 1e30):
+        normal = vector(3 * size, 4 * size, dtype=torch.float32)
+        projected = HalfSpace(normal).project(vector(3.0, 4.0, dtype=torch.float32))
+        assert projected.abs().max() < 1e-6
+        assert HalfSpace(normal).contains(projected)
+
+
+def test_affine_data_receive_gradients():
+    matrix, right = MATRIX.clone().requires_grad_(), RIGHT.clone().requires_grad_()
+    point = draw((12,), torch.Generator().manual_seed(1)).requires_grad_()
+    assert gradcheck(lambda A, b, p: Affine(A, b).project(p), (matrix, right, point))
+    assert gradgradcheck(lambda A, b, p: Affine(A, b).project(p), (matrix, right, point))
+    kept = Affine(matrix, right)
+    for _ in range(2):  # the kept factorization is no graph that a first backward frees
+        (gradient,) = torch.autograd.grad(kept.project(point).sum(), right)
+    torch.testing.assert_close(gradient, torch.linalg.pinv(MATRIX).T.sum(1))
+
+
+def test_affine_jacobian_with_redundant_rows():
+    convex = Affine(REDUNDANT, REDUNDANT_RIGHT)
+    point = draw((12,), torch.Generator().manual_seed(1))
+    gram = MATRIX @ MATRIX.T
+    projector = torch.eye(12) - MATRIX.T @ torch.linalg.solve(gram, MATRIX)
+    torch.testing.assert_close(jacobian(convex, point), projector, rtol=0, atol=1e-13)
+
+    def of_right(b):  # moves along right-hand sides that have a solution
+        return Affine(REDUNDANT, torch.cat([b, b[:1] + 2 * b[1:2]])).project(point)
+
+    assert gradcheck(of_right, RIGHT.clone().requires_grad_())
+
+
+def test_affine_keeps_feasible_points_and_reads_key_order():
+    convex = Affine({"a": vector(1.0, 2.0)[None], "b": vector(-1.0)[None]}, 1.0)
+    point = {"b": vector(0.0), "a": vector(1.0, 0.0)}
+    assert list(convex.project(point)) == ["b", "a"]
+    assert all(torch.equal(v, point[k]) for k, v in convex.project(point).items())
+    torch.testing.assert_close(convex.project({"b": vector(0.0), "a": vector(0.0, 0.0)})["a"], vector(1 / 6, 2 / 6))
+
+
+@pytest.mark.parametrize(
+    ("point", "expected"),
+    [
+        ((vector(3.0, 4.0), vector(6.0)), "identity"),
+        ((vector(3.0, 4.0), vector(5.0)), "identity"),
+        ((vector(0.0, 0.0), vector(0.0)), "identity"),
+        ((vector(0.0, 0.0), vector(-1.0)), "zero"),
+        ((vector(3.0, 4.0), vector(-6.0)), "zero"),
+        ((vector(3.0, 4.0), vector(-5.0)), "zero"),
+        ((vector(3.0, 4.0), vector(1.0)), "curved"),
+        ((vector(3.0, 4.0), vector(-4.0)), "curved"),
+    ],
+)
+def test_second_order_cone_jacobian(point, expected):
+    z, t = point
+    unit = vector(0.6, 0.8)
+    ratio = t / 5
+    upper = (1 + ratio) * torch.eye(2) - ratio * torch.outer(unit, unit)
+    curved = torch.cat([torch.cat([upper, unit[:, None]], 1), torch.cat([unit[None], vector(1.0)[None]], 1)]) / 2
+    want = {"identity": torch.eye(3), "zero": torch.zeros(3, 3), "curved": curved}[expected]
+    rows = torch.func.jacrev(lambda v: torch.cat(SecondOrderCone().project((v[:2], v[2:]))))(torch.cat([z, t]))
+    torch.testing.assert_close(rows, want, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_second_order_cone_neither_overflows_nor_underflows(size):
+    z, t = SecondOrderCone().project(
+        (vector(3 * size, 4 * size, dtype=torch.float32), torch.tensor(0.0, dtype=torch.float32))
+    )
+    torch.testing.assert_close(z / size, vector(1.5, 2.0, dtype=torch.float32))
+    torch.testing.assert_close(t / size, torch.tensor(2.5, dtype=torch.float32))
+
+
+def test_second_order_cone_of_special_values():
+    cone = SecondOrderCone()
+    for bad in ((vector(NAN, 1.0), vector(1.0)), (vector(0.0, 1.0), vector(NAN)), (vector(INF, 1.0), vector(1.0))):
+        assert torch.cat(cone.project(bad)).isnan().all()
+        assert not cone.contains(bad)
+    assert torch.equal(cone.project((vector(), vector(-2.0)))[1], vector(0.0))  # no z: the half-line t >= 0
+    assert not cone.is_whole_space
+    assert not HalfSpace(1.0).is_whole_space
+    assert not Affine(MATRIX, RIGHT).is_whole_space
+    assert Affine(torch.zeros(1, 3)).is_whole_space
+    assert isinstance(cone.project([vector(1.0), vector(0.0)]), list)
+
+
+@parametrize_cases(skip=("whole",))
+def test_distance_and_its_gradient(convex, shapes, constraints, generator):
+    point = tree.variables(draw(shapes, generator))
+    distance = convex.distance(point)
+    gap = tree.sub(point, convex.project(point))
+    torch.testing.assert_close(distance, torch.cat([leaf.reshape(-1) for leaf in tree.leaves(gap)]).norm())
+    assert distance > 0
+    gradients = torch.autograd.grad(distance, tree.leaves(point), allow_unused=True, materialize_grads=True)
+    for gradient, part in zip(gradients, tree.leaves(gap), strict=True):
+        torch.testing.assert_close(gradient, part.detach() / distance.detach(), rtol=0, atol=1e-12)
+
+
+def test_distance_is_zero_inside_with_a_zero_gradient():
+    for convex, point in ((Ball(1.0), vector(0.1, 0.2)), (HalfSpace(1.0), {"a": vector(-1.0), "b": vector(-2.0)})):
+        point = tree.variables(point)
+        distance = convex.distance(point)
+        assert distance == 0
+        assert all(g.abs().max() == 0 for g in torch.autograd.grad(distance, tree.leaves(point)))
 
 
 def test_box_derivative_at_and_between_bounds():
@@ -538,6 +764,34 @@ VALUE_ERRORS = [
     (lambda: Ball(1.0, vector(INF)), "Ball.center contains inf: give finite values"),
     (lambda: Ball(1.0, {"a": -INF}), "Ball.center['a'] contains -inf: give finite values"),
     (lambda: Ball(1.0, NAN), "Ball.center contains nan: give finite values"),
+    (lambda: Ball(torch.tensor(-1.0)), "Ball.radius = -1.0: give a positive finite number"),
+    (lambda: Ball(torch.tensor(NAN)), "Ball.radius = nan: give a finite value"),
+    (lambda: HalfSpace(0.0), "HalfSpace.normal is zero: give a normal with a nonzero entry"),
+    (lambda: HalfSpace({"a": None, "b": vector(0.0)}), "HalfSpace.normal is zero"),
+    (lambda: HalfSpace(vector(1.0, NAN)), "HalfSpace.normal contains nan: give finite values"),
+    (lambda: HalfSpace(1.0, INF), "HalfSpace.offset = inf: give a finite value"),
+    (lambda: Affine(vector(1.0, INF)[None]), "Affine.matrix contains inf: give finite values"),
+    (lambda: Affine(MATRIX, NAN), "Affine.offset contains nan: give finite values"),
+    (lambda: Affine(torch.tensor(1.0)), "Affine.matrix has shape (): give it (m, *leaf shape), m > 0"),
+    (lambda: Affine(torch.zeros(0, 3)), "Affine.matrix has shape (0, 3): give it (m, *leaf shape), m > 0"),
+    (
+        lambda: Affine({"a": torch.ones(1, 3), "b": torch.ones(2, 3)}),
+        "the entries of Affine.matrix differ in their numbers of rows, {\"Affine.matrix['a']\": 1, "
+        "\"Affine.matrix['b']\": 2}: give all m rows",
+    ),
+    (
+        lambda: Affine(MATRIX, vector(1.0, 2.0)),
+        "Affine.offset has shape (2,), but Affine.matrix has 3 rows: give a tensor of shape (3,), or a number",
+    ),
+    (
+        lambda: Affine(torch.ones(2, 3), vector(1.0, 2.0)),
+        "Affine: the 2 equations contradict each other (the nearest right-hand side that has a solution is 0.707 away",
+    ),
+    (lambda: Affine(torch.zeros(1, 3), 1.0), "Affine: the 1 equations contradict each other"),
+    (
+        lambda: Affine(torch.ones(2, 3, requires_grad=True), 1.0),
+        "Affine.matrix requires gradients and has redundant rows, where the projection is not differentiable in it",
+    ),
     (lambda: Simplex(0.0), "Simplex.total = 0.0: give a positive finite number"),
     (lambda: Simplex(-2.0), "Simplex.total = -2.0: give a positive finite number"),
     (lambda: Box(0, 1).contains(vector(0.0), atol=-1.0), "atol = -1.0: give a nonnegative number"),
@@ -579,6 +833,37 @@ VALUE_ERRORS = [
     (lambda: Simplex().check([torch.zeros(2, 0)], "x0"), "but x0[0] has shape (2, 0)"),
     (lambda: Simplex(dim=1).check(torch.zeros(3), "x0"), "Simplex.dim = 1 needs at least one entry to sum, but"),
     (lambda: Simplex(dim=-2).check(torch.zeros(3), "x0"), "Simplex.dim = -2 needs at least one entry to sum, but"),
+    (lambda: HalfSpace(vector(1.0, 0.0)).check(vector(0.0), "x0"), "HalfSpace.normal of shape (2,) does not broadcast"),
+    (
+        lambda: HalfSpace(1.0, torch.tensor(1.0)).check(torch.zeros(2, dtype=torch.float32), "x0"),
+        "HalfSpace.offset is torch.float64 on cpu, but x0 is torch.float32 on cpu: convert one of them",
+    ),
+    (
+        lambda: Ball(torch.tensor(1.0)).check(torch.zeros(2, dtype=torch.float32), "x0"),
+        "Ball.radius is torch.float64 on cpu, but x0 is torch.float32 on cpu: convert one of them",
+    ),
+    (
+        lambda: Affine(MATRIX).check({"w": torch.zeros(12)}, "x0"),
+        "Affine.matrix has the entries one entry, which do not match those of x0 (['w']): give one entry for each leaf",
+    ),
+    (
+        lambda: Affine({"w": MATRIX}).check({"w": torch.zeros(3, 4)}, "x0"),
+        "Affine.matrix['w'] is torch.float64 of shape (3, 12) on cpu, but x0['w'] is torch.float64 of shape (3, 4) on",
+    ),
+    (
+        lambda: Affine(MATRIX).check(torch.zeros(12, dtype=torch.float32), "x0"),
+        "Affine.matrix is torch.float64 of shape (3, 12) on cpu, but x0 is torch.float32 of shape (12,) on cpu",
+    ),
+    (
+        lambda: SecondOrderCone().check(vector(1.0, 2.0), "x0"),
+        "SecondOrderCone needs a pair (z, t), but x0 is",
+    ),
+    (lambda: SecondOrderCone().check((vector(1.0),), "x0"), "SecondOrderCone needs a pair (z, t), but x0 is"),
+    (
+        lambda: SecondOrderCone().check((vector(1.0), vector(1.0, 2.0)), "x0"),
+        "SecondOrderCone needs one entry in t, but x0[1] is",
+    ),
+    (lambda: SecondOrderCone().check((vector(1.0), {"t": vector(1.0)}), "x0"), "needs one entry in t, but x0[1] is"),
     (
         lambda: Product({"w": Simplex(), "b": WholeSpace()}).check({"w": torch.ones(2), "c": torch.ones(2)}, "x0"),
         "Product.sets has the entries ['w'], ['b'], which do not match those of x0 (['w'], ['c']): "
@@ -599,10 +884,22 @@ TYPE_ERRORS = [
     (lambda: Ball("1"), "Ball.radius = '1': give a positive number"),
     (lambda: Ball(True), "Ball.radius = True: give a positive number"),
     (lambda: Ball(1.0, {"a": "x"}), "Ball.center['a'] = 'x': give a number, a floating-point tensor or None"),
+    (lambda: Ball(torch.tensor([1.0])), "Ball.radius has dtype torch.float64 and shape (1,): give a number, or a"),
+    (lambda: Ball(torch.tensor(1)), "Ball.radius has dtype torch.int64 and shape ()"),
+    (lambda: HalfSpace("1"), "HalfSpace.normal = '1': give a number, a floating-point tensor or None"),
+    (lambda: HalfSpace(1.0, "1"), "HalfSpace.offset = '1': give a number, or a floating-point tensor of shape ()"),
+    (lambda: HalfSpace(1.0, True), "HalfSpace.offset = True: give a number"),
+    (lambda: Affine([[1.0, 2.0]]), "Affine.matrix[0][0] = 1.0: give a floating-point tensor of shape (m, *leaf shape)"),
+    (lambda: Affine(torch.ones(1, 2, dtype=torch.int64)), "Affine.matrix = tensor([[1, 1]]): give a floating-point"),
+    (lambda: Affine(torch.ones(1, 2), "1"), "Affine.offset = '1': give a tensor of shape (1,), or a number"),
+    (lambda: Affine(torch.ones(1, 2), torch.ones(1, dtype=torch.int64)), "Affine.offset has dtype torch.int64"),
     (lambda: Simplex(total=torch.tensor(1.0)), "Simplex.total = tensor(1.): give a positive number"),
     (lambda: Simplex(dim=1.0), "Simplex.dim = 1.0: give an int"),
     (lambda: Simplex(dim=True), "Simplex.dim = True: give an int"),
-    (lambda: Product({"w": Simplex, "b": WholeSpace()}), "Product.sets['w'] = <class 'constrained.sets.Simplex'>"),
+    (
+        lambda: Product({"w": Simplex, "b": WholeSpace()}),
+        "Product.sets['w'] = <class 'constrained.sets.simplex",
+    ),
     (lambda: Product([None]), "Product.sets[0] = None: give a set, such as WholeSpace() for a free part"),
     (lambda: Product({"a": WholeSpace()}).check({"a": torch.arange(2)}, "x0"), "x0['a'] has dtype torch.int64"),
     (lambda: WholeSpace().project({"a": 1.0}), "point['a'] = 1.0: give a floating-point tensor"),

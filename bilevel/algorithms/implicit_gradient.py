@@ -4,9 +4,10 @@ Sources: Pedregosa 2016 (hyperparameter optimization with approximate gradient);
 form is that of ``minibatch.py``.
 """
 
+import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -23,13 +24,24 @@ from bilevel.accuracy import (
     stationarity,
 )
 from bilevel.algorithms.base import Algorithm, BilevelState, require_positive, require_positive_int
+from bilevel.algorithms.kept import DEFAULT_SIZE, KeptLower, KeptState, Reused, preconditioned
 from bilevel.algorithms.minibatch import MinibatchState, init_minibatch, soba_step
 from bilevel.measure import measure_curvature
 from bilevel.oracle import Oracle
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Accuracy
 from bilevel.step_sizes import PathEfficiency
-from implicit import CG, LBFGS, LinearSolver, Minimizer, NewtonCG, SpectralProjectedGradient, Status, tree
+from implicit import (
+    CG,
+    LBFGS,
+    GradientGraph,
+    LinearSolver,
+    Minimizer,
+    NewtonCG,
+    SpectralProjectedGradient,
+    Status,
+    tree,
+)
 from implicit.hypergradient import hypergradient
 from implicit.iterate import Values
 from implicit.minimizers import Evaluation, ProjectedObjective, gradient_objective, graph_objective
@@ -50,6 +62,7 @@ class ImplicitGradientState(BilevelState):
         lower_reference: the largest lower gradient norm met; lower tolerances refer to it.
         hypergradients: how many were evaluated.
         failure: why the last evaluation failed, or empty.
+        kept: what is kept of the lower level between points (full data).
         upper: state of the upper minimizer, or the torch optimizer.
         minibatch: samplers and momentum of the minibatch form.
     """
@@ -66,6 +79,7 @@ class ImplicitGradientState(BilevelState):
     stalled: bool = False
     upper: Any = None
     minibatch: MinibatchState | None = None
+    kept: KeptState | None = None
 
 
 @dataclass
@@ -94,6 +108,10 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
     Args:
         lower_solver: minimizer of the lower level on full data; ``NewtonCG(rtol=1e-12)`` by default (float32: 1.2e-6).
         linear_solver: for the adjoint system on full data; ``CG(rtol=1e-10)`` by default (float32: 1.2e-6).
+        keep_hessian: on full data, the largest lower level (numbers in y) of which a quadratic data term is replaced by
+            its Gram matrix, and a Hessian that changes on its diagonal only is kept as a matrix whose Cholesky factor
+            preconditions; 0 never. None means 1,000, or 0 where a solver is given. What was kept is in
+            ``solution.message``.
         upper_optimizer: None, or any ``torch.optim`` class such as ``torch.optim.Adam``; its steps are projected
             where X is a set.
         upper_options: keyword arguments of that class, such as ``{"lr": 1e-2}``.
@@ -110,6 +128,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
 
     lower_solver: Minimizer[Any] | None = None
     linear_solver: LinearSolver | None = None
+    keep_hessian: int | None = None
     upper_optimizer: type[torch.optim.Optimizer] | None = None
     upper_options: Mapping[str, Any] = field(default_factory=dict)
     lower_steps: int = 1
@@ -125,6 +144,8 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         super().__post_init__()
         require_positive_int(self, "lower_steps")
         require_positive(self, "lower_step_size", "lower_decay")
+        if self.keep_hessian is not None and (not isinstance(self.keep_hessian, int) or self.keep_hessian < 0):
+            raise ValueError(f"keep_hessian must be None or an integer >= 0, got {self.keep_hessian!r}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         if self.lower_solver is not None and not isinstance(self.lower_solver, Minimizer):
@@ -157,6 +178,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         x, y = start
         eps = float(torch.finfo(tree.common_dtype(y, "y0")).eps)
         tree.common_dtype(x, "x0")
+        keep = DEFAULT_SIZE if self.lower_solver is None and self.linear_solver is None else 0
         size = self.lower_step_size
         if size is None and problem.stochastic:
             size = 1.0 / measure_curvature(problem, x, y, first_order=False).largest
@@ -164,6 +186,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             self,
             lower_solver=self.lower_solver or NewtonCG(rtol=max(1e-12, 10 * eps)),
             linear_solver=self.linear_solver or CG(rtol=max(1e-10, 10 * eps)),
+            keep_hessian=keep if self.keep_hessian is None else self.keep_hessian,
             rtol=eps**0.5 if self.rtol is None else self.rtol,
             check_every=self.check_every or (50 if problem.stochastic else 1),
             step_size=self.step_size.resolve(x, problem.stochastic),
@@ -187,6 +210,9 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         if problem.stochastic:
             state.minibatch = init_minibatch(problem, state, self.step_size)
             return state
+        assert self.keep_hessian is not None and self.lower_solver is not None
+        if tree.size(y) <= self.keep_hessian and self.lower_solver.needs_graph:
+            state.kept = KeptState()
         state.lower_reference = float(tree.norm(Oracle.full(problem, state.counts).graph(x, y).gradient))
         found = self._evaluate(problem, state, state.x)
         if found is not None:
@@ -207,30 +233,40 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
 
     def _evaluate(self, problem: BilevelProblem, state: ImplicitGradientState, x: Tree) -> _Point | None:
         """F and its gradient at x, lower level and adjoint warm-started from the state; None if that fails."""
-        assert self.lower_solver is not None
+        assert self.lower_solver is not None and self.linear_solver is not None
         oracle = Oracle.full(problem, state.counts)
         state.hypergradients += 1
+        kept = KeptLower(oracle, state.kept, x, state.y) if state.kept is not None else None
+        goal = kept.objective if kept is not None else oracle.lower
+        flat = tree.ravel(state.y)
         if self.lower_solver.needs_graph:
-            objective = graph_objective(oracle.lower, x, state.y, "lower")
+            objective = graph_objective(goal, x, state.y, "lower")
         else:
             objective = gradient_objective(lambda y: oracle.lower(x, y), state.y, "lower")
-        lower, status = self.lower_solver.run(objective, tree.ravel(state.y), state.lower_reference)
-        state.counts["products"] += getattr(lower, "products", 0)
+        lower_solver, linear_solver = self.lower_solver, self.linear_solver
+        if kept is not None:
+            first = objective(flat)
+            objective = Reused(objective, first)
+            lower_solver, linear_solver = preconditioned(lower_solver, linear_solver, kept.preconditioner(first.extra))
+        lower, status = lower_solver.run(objective, flat, state.lower_reference)
         if status is Status.NONFINITE:
             state.failure = "the lower objective or its gradient became non-finite"
             return None
         y = tree.unravel(lower.point, state.y)
         found = hypergradient(
             oracle.upper,
-            oracle.lower,
+            goal,
             x,
             y,
-            linear_solver=self.linear_solver,
+            linear_solver=linear_solver,
             adjoint=state.adjoint,
             graph=lower.extra,
             accuracy=False,
         )
-        state.counts["products"] += found.linear.products + 1
+        products = getattr(lower, "products", 0) + found.linear.products + 1
+        state.counts["products"] += products
+        if kept is not None:
+            kept.account(products, y)
         if found.linear.status.is_failure:
             state.failure = f"{found.linear.status.name}: {found.linear.message}"
             return None
@@ -334,18 +370,41 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         """The pair (x, y)."""
         return state.x, state.y
 
+    def _map(self, problem: BilevelProblem, scratch: ImplicitGradientState) -> Callable[[Tree], Tree]:
+        """x -> hypergradient with everything that is kept; moves the scratch state only."""
+
+        def hyper(x: Tree) -> Tree:
+            found = self._evaluate(problem, scratch, x)
+            if found is None:
+                return tree.map(lambda leaf: torch.full_like(leaf, math.nan), x)
+            scratch.y, scratch.adjoint = found.y, found.adjoint
+            return found.gradient
+
+        return hyper
+
     def assess(
         self, problem: BilevelProblem, state: ImplicitGradientState, status: Status
     ) -> tuple[Accuracy, Status, str]:
         """One more hypergradient with its error, and the distance to the solution."""
         assert self.linear_solver is not None
-        oracle = Oracle.full(problem, dict(state.counts))
+        scratch = copy.copy(state)
+        scratch.counts = dict(state.counts)
+        oracle = Oracle.full(problem, scratch.counts)
         solver = self.linear_solver if state.minibatch is None else QUICK
+        kept, used = state.kept, ""
+        if kept is not None and not status.is_failure:
+            lower = KeptLower(oracle, kept, state.x, state.y)
+            factor = lower.preconditioner(GradientGraph(lower.objective, state.x, state.y))
+            solver = preconditioned(NewtonCG(), solver, factor)[1]
+            used = f"; {kept.note}" if kept.note else ""
         accuracy, found = assess_implicit(problem, oracle, state.x, state.y, solver, state.adjoint)
         if state.minibatch is not None or status.is_failure:
             return accuracy, status, state.failure or status.value
         budget = distance_budget(state.x, state.hypergradients)
-        hyper = ImplicitMap(problem, oracle, state.y, found.adjoint, self.linear_solver, state.lower_reference)
+        if kept is not None and kept.hessian is not None:
+            hyper = self._map(problem, scratch)
+        else:
+            hyper = ImplicitMap(problem, oracle, state.y, found.adjoint, self.linear_solver, state.lower_reference)
         distance, note = distance_to_solution(problem, hyper, state.x, found.value, budget)
         accuracy = replace(accuracy, distance=distance, notes=accuracy.notes + ((note,) if note else ()))
         limit = self._limit(state)
@@ -354,7 +413,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             return accuracy, Status.STALLED, f"{saddle}; start y elsewhere"
         if status is Status.CONVERGED and not measured <= 2.0 * limit:
             message = f"the hypergradient measured again is {measured:.3g}, above the tolerance {limit:.3g}"
-            return accuracy, Status.STALLED, message
+            return accuracy, Status.STALLED, message + used
         if status is Status.CONVERGED:
-            return accuracy, status, f"stationarity {accuracy.stationarity:.3g}, tolerance {limit:.3g}"
-        return accuracy, status, status.value
+            return accuracy, status, f"stationarity {accuracy.stationarity:.3g}, tolerance {limit:.3g}{used}"
+        return accuracy, status, status.value + used

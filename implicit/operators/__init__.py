@@ -3,7 +3,23 @@
 from implicit.operators.base import LinearOperator as LinearOperator
 from implicit.operators.dense import Dense as Dense
 from implicit.operators.dense import Shifted as Shifted
+from implicit.operators.diagonal import Diagonal as Diagonal
+from implicit.operators.diagonal import Identity as Identity
 from implicit.operators.difference import GradientDifference as GradientDifference
 from implicit.operators.hessian import Hessian as Hessian
+from implicit.operators.sums import Product as Product
+from implicit.operators.sums import Scaled as Scaled
+from implicit.operators.sums import Sum as Sum
 
-__all__ = ["Dense", "GradientDifference", "Hessian", "LinearOperator", "Shifted"]
+__all__ = [
+    "Dense",
+    "Diagonal",
+    "GradientDifference",
+    "Hessian",
+    "Identity",
+    "LinearOperator",
+    "Product",
+    "Scaled",
+    "Shifted",
+    "Sum",
+]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from implicit import tree
-from implicit.operators.base import LinearOperator
+from implicit.operators.base import LinearOperator, aligned_spaces
 from implicit.tree import Tree
 
 
@@ -12,24 +12,50 @@ class Dense(LinearOperator):
     """A matrix as an operator, acting on ravelled trees.
 
     Args:
-        matrix: shape ``(n, n)``.
+        matrix: shape ``(m, n)``.
         like: the domain; one vector of length n by default.
+        out: the range; one vector of length m by default, or the domain itself if the matrix is square.
+        symmetric: a declaration that solvers rely on; square matrices are taken to be symmetric unless told.
+        positive_definite: the same.
+
+    Raises:
+        ValueError: if ``matrix`` is no matrix, the spaces do not have its sizes, or one that is not square is declared
+            symmetric.
+
+    Example:
+        >>> import torch, implicit
+        >>> A = implicit.Dense(torch.tensor([[1.0, 2.0, 0.0]]))
+        >>> A.shape, A @ torch.ones(3), A.T @ torch.ones(1)
+        ((1, 3), tensor([3.]), tensor([1., 2., 0.]))
     """
 
     def __init__(
-        self, matrix: Tensor, like: Tree = None, *, symmetric: bool = True, positive_definite: bool = True
+        self,
+        matrix: Tensor,
+        like: Tree = None,
+        out: Tree = None,
+        *,
+        symmetric: bool | None = None,
+        positive_definite: bool = True,
     ) -> None:
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"matrix must be square, got shape {tuple(matrix.shape)}")
-        super().__init__(matrix.new_zeros(matrix.shape[0]) if like is None else like)
-        if self.size != matrix.shape[0]:
-            raise ValueError(f"like has {self.size} entries, the matrix {matrix.shape[0]} rows; they must agree")
+        if matrix.ndim != 2:
+            raise ValueError(f"matrix must have two axes, got shape {tuple(matrix.shape)}")
+        rows, columns = matrix.shape
+        if symmetric and rows != columns:
+            raise ValueError(f"matrix of shape {tuple(matrix.shape)} is declared symmetric; it must be square")
+        if out is None and rows != columns:
+            out = matrix.new_zeros(rows)
+        super().__init__(matrix.new_zeros(columns) if like is None else like, out)
+        if self.size != columns:
+            raise ValueError(f"like has {self.size} entries, the matrix {columns} columns; they must agree")
+        if self.shape[0] != rows:
+            raise ValueError(f"out has {self.shape[0]} entries, the matrix {rows} rows; they must agree")
         self.matrix = matrix
-        self.symmetric = symmetric
-        self.positive_definite = positive_definite and symmetric
+        self.symmetric = rows == columns and out is None if symmetric is None else symmetric
+        self.positive_definite = positive_definite and self.symmetric
 
     def mv(self, v: Tree) -> Tree:
-        return tree.unravel(self.matrix @ tree.ravel(v), self.like)
+        return tree.unravel(self.matrix @ tree.ravel(v), self.out)
 
     def flat_mv(self, vector: Tensor) -> Tensor:
         self.products += 1
@@ -41,13 +67,25 @@ class Dense(LinearOperator):
 
     @property
     def T(self) -> LinearOperator:
-        return self if self.symmetric else Dense(self.matrix.T, self.like, symmetric=False)
+        return self if self.symmetric else Dense(self.matrix.T, self.out, self.like, symmetric=False)
 
 
 class Shifted(LinearOperator):
-    """``A + shift * I``: damping, or the mass of a proximal term."""
+    """``A + shift * I``: damping, or the mass of a proximal term.
+
+    Args:
+        operator: A, square.
+        shift: a number.
+
+    Raises:
+        ValueError: if A is not square.
+    """
 
     def __init__(self, operator: LinearOperator, shift: float) -> None:
+        if operator.out is not operator.like and not aligned_spaces(
+            operator.like, operator.out, "the domain and the range of a shifted operator"
+        ):
+            raise ValueError("the domain and the range of a shifted operator must order their keys alike")
         super().__init__(operator.like)
         self.operator = operator
         self.shift = shift
