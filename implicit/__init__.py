@@ -13,10 +13,20 @@ from implicit.derivatives import GradientGraph as GradientGraph
 from implicit.derivatives import hvp as hvp
 from implicit.derivatives import joint_product as joint_product
 from implicit.derivatives import mixed_vjp as mixed_vjp
+from implicit.estimators import Estimator as Estimator
+from implicit.estimators import FiniteDifference as FiniteDifference
+from implicit.estimators import LinearSolve as LinearSolve
+from implicit.estimators import NeumannSeries as NeumannSeries
+from implicit.estimators import OneStep as OneStep
 from implicit.hutchinson import hutchinson_diagonal as hutchinson_diagonal
 from implicit.hypergradient import Hypergradient as Hypergradient
 from implicit.hypergradient import HypergradientAccuracy as HypergradientAccuracy
 from implicit.hypergradient import hypergradient as hypergradient
+from implicit.inner_optimizers import SGD as SGD
+from implicit.inner_optimizers import Adagrad as Adagrad
+from implicit.inner_optimizers import Adam as Adam
+from implicit.inner_optimizers import InnerOptimizer as InnerOptimizer
+from implicit.inner_optimizers import RMSprop as RMSprop
 from implicit.iterate import IterativeMethod as IterativeMethod
 from implicit.iterate import Run as Run
 from implicit.iterate import StepInfo as StepInfo
@@ -51,6 +61,7 @@ from implicit.preconditioners import Nystrom as Nystrom
 from implicit.progress import Progress as Progress
 from implicit.random import paired as paired
 from implicit.root import custom_argmin as custom_argmin
+from implicit.root import custom_fixed_point as custom_fixed_point
 from implicit.root import custom_root as custom_root
 from implicit.state import State as State
 from implicit.status import ConvergenceWarning as ConvergenceWarning
@@ -58,6 +69,10 @@ from implicit.status import SolveError as SolveError
 from implicit.status import Status as Status
 from implicit.structure import KeptHessian as KeptHessian
 from implicit.structure import QuadraticForm as QuadraticForm
+from implicit.unroll import unroll as unroll
+from implicit.unroll import unroll_map as unroll_map
+from implicit.unrolled import UnrolledHypergradient as UnrolledHypergradient
+from implicit.unrolled import unrolled as unrolled
 
 ENGINE_OF = "bilevel"
 """Marks this package as ours: an unrelated distribution on the package index is also called ``implicit``."""
@@ -66,17 +81,23 @@ __all__ = [
     "CG",
     "LBFGS",
     "LU",
+    "SGD",
+    "Adagrad",
+    "Adam",
     "Cholesky",
     "ConvergenceWarning",
     "Dense",
     "Diagonal",
+    "Estimator",
     "Factorization",
+    "FiniteDifference",
     "GradientDifference",
     "GradientGraph",
     "Hessian",
     "Hypergradient",
     "HypergradientAccuracy",
     "Identity",
+    "InnerOptimizer",
     "IterativeMethod",
     "Jacobi",
     "Kept",
@@ -84,15 +105,19 @@ __all__ = [
     "KeptState",
     "LinearOperator",
     "LinearSolution",
+    "LinearSolve",
     "LinearSolver",
     "Minimizer",
     "Minimum",
+    "NeumannSeries",
     "NewtonCG",
     "Nystrom",
+    "OneStep",
     "Preconditioner",
     "Product",
     "Progress",
     "QuadraticForm",
+    "RMSprop",
     "Run",
     "SaveCheckpoint",
     "Scaled",
@@ -104,7 +129,9 @@ __all__ = [
     "Status",
     "StepInfo",
     "Sum",
+    "UnrolledHypergradient",
     "custom_argmin",
+    "custom_fixed_point",
     "custom_root",
     "hutchinson_diagonal",
     "hvp",
@@ -117,4 +144,7 @@ __all__ = [
     "mixed_vjp",
     "paired",
     "save_checkpoint",
+    "unroll",
+    "unroll_map",
+    "unrolled",
 ]

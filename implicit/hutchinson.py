@@ -56,13 +56,13 @@ def hutchinson_diagonal(
         tensor([1., 4.])
     """
     found = diagonal_samples(operator, samples, generator, chunk).mean(dim=0)
-    return average_blocks(tree.unravel(found.to(operator.dtype), operator.like), average)
+    return average_blocks(tree.unravel(found, operator.like), average)
 
 
 def diagonal_samples(
     operator: LinearOperator, samples: int, generator: torch.Generator | None = None, chunk: int | None = None
 ) -> Tensor:
-    """The single estimates ``z_i * (A z_i)``, shape ``(samples, n)``; in float32 for half precision."""
+    """The single estimates ``z_i * (A z_i)``, shape ``(samples, n)``."""
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be a positive integer, got {samples!r}")
     if operator.shape[0] != operator.shape[1]:
@@ -70,8 +70,7 @@ def diagonal_samples(
     generator = generator or torch.Generator().manual_seed(0)
     bits = torch.randint(0, 2, (samples, operator.size), generator=generator, device=generator.device)
     signs = (2 * bits - 1).to(dtype=operator.dtype, device=operator.device)
-    found = signs * operator.flat_mm(signs, chunk)
-    return found.float() if found.dtype in (torch.bfloat16, torch.float16) else found
+    return signs * operator.flat_mm(signs, chunk)
 
 
 def average_blocks(diagonal: Tree, average: Average) -> Tree:

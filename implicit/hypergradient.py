@@ -8,6 +8,7 @@ At :math:`y = y^*(x)` this is the gradient of :math:`F(x) = f(x, y^*(x))`.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from implicit import tree
 from implicit.curvature import lanczos
 from implicit.derivatives import GradientGraph, ScalarFunction, value_and_gradients
-from implicit.linear_solvers import CG, LinearSolution, LinearSolver
+from implicit.estimators import Estimator, LinearSolve, LowerPoint, curvature_at
+from implicit.linear_solvers import LinearSolution, LinearSolver
 from implicit.operators import Hessian, LinearOperator
 from implicit.status import ConvergenceWarning
 from implicit.tree import Tree
@@ -32,7 +34,7 @@ class HypergradientAccuracy:
             declared (a bound), else the length of one Newton correction (an estimate).
         linear_residual: ``||g_yy v - grad_y f|| / ||grad_y f||``.
         error: Euclidean error of the hypergradient.
-            Infinite where the linear solver failed.
+            Infinite where a linear solve failed.
         kind: ``"estimate"``: the change of the hypergradient under one Newton correction of y and one refinement of v;
             ``"bound"``: an upper bound to first order in the residuals under the declared mu, with operator norms
             from Lanczos (probability 1 - 1e-6).
@@ -72,6 +74,7 @@ def hypergradient(
     x: Tree,
     y: Tree,
     *,
+    estimator: Estimator | None = None,
     linear_solver: LinearSolver | None = None,
     adjoint: Tree | None = None,
     graph: GradientGraph | None = None,
@@ -85,7 +88,10 @@ def hypergradient(
         lower: g(x, y), a scalar, strongly convex in y near the point.
         x: upper variable, any pytree.
         y: lower variable, any pytree, at or near the lower solution.
-        linear_solver: for :math:`g_{yy} v = \\nabla_y f`; ``CG()`` by default.
+        estimator: how v is obtained; ``LinearSolve()`` by default, which solves the system. See also
+            :class:`NeumannSeries`, :class:`FiniteDifference` and :class:`OneStep`; the accuracy report says what an
+            approximation costs.
+        linear_solver: short for ``estimator=LinearSolve(linear_solver=...)``.
         adjoint: a starting v, such as that of a nearby point.
         graph: the kept graph of ``lower`` at this very point, where a lower-level solver left one.
         accuracy: whether to measure the error; costs two more linear solves and one more graph.
@@ -93,6 +99,11 @@ def hypergradient(
 
     Returns:
         The hypergradient; a failed linear solve is in ``.linear``, not raised.
+
+    Raises:
+        TypeError: if ``estimator`` is no estimator.
+        ValueError: if both ``estimator`` and ``linear_solver`` are given, or an estimator that takes differences of
+            gradients meets ``graph`` or ``strong_convexity``, which need second derivatives.
 
     Warns:
         ConvergenceWarning: if ``accuracy`` and the error exceeds one per cent of the hypergradient: the lower level
@@ -105,26 +116,51 @@ def hypergradient(
         >>> round(float(h.value), 6)
         4.0
     """
-    solver = linear_solver if linear_solver is not None else CG()
-    graph = graph if graph is not None else GradientGraph(lower, x, y)
+    chosen = _choose(estimator, linear_solver)
+    if not chosen.second_order and (graph is not None or strong_convexity is not None):
+        raise ValueError(
+            f"graph and strong_convexity need second derivatives, which {type(chosen).__name__} avoids; leave them out"
+        )
+    point = graph if graph is not None else chosen.expand(lower, x, y)
     value, gradient_x, gradient_y = value_and_gradients(upper, x, y, "the upper objective")
-    linear = solver.solve(Hessian.of(graph), gradient_y, x0=adjoint)
-    mixed = graph.mixed_vjp(linear.value)
+    linear = chosen.adjoint(point, gradient_y, adjoint)
+    mixed = point.mixed_vjp(linear.value)
     found = tree.sub(gradient_x, mixed)
     scale = float(tree.norm(gradient_x)) + float(tree.norm(mixed))
     report = None
     if accuracy:
-        report = measure_accuracy(upper, lower, x, y, graph, found, linear, solver, strong_convexity)
-        size = float(tree.norm(found))
-        if not report.error <= max(0.01 * size, torch.finfo(tree.common_dtype(y)).eps):  # NaN warns too
-            warnings.warn(
-                f"the hypergradient has norm {size:.3g} and {report.kind} of its error {report.error:.3g}: the lower "
-                f"level (residual {report.lower_residual:.3g}) or the linear system (relative residual "
-                f"{report.linear_residual:.3g}) is not solved well enough",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        solver = chosen.reference(linear, tree.common_dtype(y))
+        report = measure_accuracy(
+            upper, lower, x, y, point, found, linear, solver, strong_convexity, expand=chosen.expand
+        )
+        warn_if_inaccurate(found, y, report)
     return Hypergradient(found, float(value), linear.value, linear, scale, report)
+
+
+def _choose(estimator: Estimator | None, linear_solver: LinearSolver | None) -> Estimator:
+    if estimator is None:
+        return LinearSolve() if linear_solver is None else LinearSolve(linear_solver=linear_solver)
+    if not isinstance(estimator, Estimator):
+        raise TypeError(f"estimator must be an Estimator such as LinearSolve(linear_solver=...), got {estimator!r}")
+    if linear_solver is not None:
+        raise ValueError("give either estimator or linear_solver: LinearSolve(linear_solver=...) holds both")
+    return estimator
+
+
+UNSOLVED = "the lower level (residual {:.3g}) or the linear system (relative residual {:.3g}) is not solved well enough"
+
+
+def warn_if_inaccurate(found: Tree, y: Tree, report: HypergradientAccuracy, cause: str = UNSOLVED) -> None:
+    """Warn the caller's caller where the error exceeds one per cent of the hypergradient."""
+    size = float(tree.norm(found))
+    if report.error <= max(0.01 * size, torch.finfo(tree.common_dtype(y)).eps):  # NaN warns too
+        return
+    why = cause.format(report.lower_residual, report.linear_residual)
+    warnings.warn(
+        f"the hypergradient has norm {size:.3g} and {report.kind} of its error {report.error:.3g}: {why}",
+        ConvergenceWarning,
+        stacklevel=3,
+    )
 
 
 def measure_accuracy(
@@ -132,21 +168,27 @@ def measure_accuracy(
     lower: ScalarFunction,
     x: Tree,
     y: Tree,
-    graph: GradientGraph,
+    graph: LowerPoint,
     found: Tree,
     linear: LinearSolution,
     solver: LinearSolver,
     strong_convexity: float | None = None,
+    *,
+    expand: Callable[[ScalarFunction, Tree, Tree], LowerPoint] = GradientGraph,
 ) -> HypergradientAccuracy:
-    """The accuracy of an already computed hypergradient ``found``; see :class:`HypergradientAccuracy`."""
+    """The accuracy of an already computed hypergradient ``found``; see :class:`HypergradientAccuracy`.
+
+    ``graph`` is the lower level at (x, y), ``expand`` makes the same of another y.
+    """
     residual = float(tree.norm(graph.gradient))
-    correction = solver.solve(Hessian.of(graph), graph.gradient)
-    moved = GradientGraph(lower, x, tree.sub(y, correction.value))
+    correction = solver.solve(curvature_at(graph), graph.gradient)
+    moved = expand(lower, x, tree.sub(y, correction.value))
     _, gradient_x, gradient_y = value_and_gradients(upper, x, moved.y, "the upper objective")
     # Solved for what v leaves over: started at v, a solver of the same tolerance would return v and hide its error.
-    rest = solver.solve(Hessian.of(moved), tree.sub(gradient_y, moved.hvp(linear.value)))
+    rest = solver.solve(curvature_at(moved), tree.sub(gradient_y, moved.hvp(linear.value)))
     corrected = tree.sub(gradient_x, moved.mixed_vjp(tree.add(linear.value, rest.value)))
-    error = float("inf") if linear.status.is_failure else float(tree.norm(tree.sub(corrected, found)))
+    failed = any(solution.status.is_failure for solution in (linear, correction, rest))
+    error = float("inf") if failed else float(tree.norm(tree.sub(corrected, found)))
     lower_error, kind = float(tree.norm(correction.value)), "estimate"
     if strong_convexity is not None:
         kind = "bound"
@@ -174,7 +216,7 @@ def _first_order_bound(
     lower: ScalarFunction,
     x: Tree,
     y: Tree,
-    graph: GradientGraph,
+    graph: LowerPoint,
     linear: LinearSolution,
     mu: float,
 ) -> float:

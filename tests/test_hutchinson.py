@@ -65,16 +65,18 @@ def test_trees_keep_their_structure() -> None:
 
 
 def test_averages_within_blocks() -> None:
-    like = {"conv": torch.zeros(2, 1, 2, 2), "flat": torch.zeros(5), "none": torch.zeros(0, 3), "one": torch.zeros(())}
+    like = {"conv": torch.zeros(2, 2, 2, 1), "flat": torch.zeros(5), "none": torch.zeros(0, 3), "one": torch.zeros(())}
     operator = Dense(torch.diag(torch.arange(14.0)), like)
     kernel = hutchinson_diagonal(operator, 1, average="kernel")
-    torch.testing.assert_close(kernel["conv"][:, 0, 0, 0], torch.tensor([1.5, 5.5]))
-    torch.testing.assert_close(kernel["conv"], kernel["conv"][..., :1, :1].expand(2, 1, 2, 2))
+    torch.testing.assert_close(kernel["conv"][:, :, 0, 0], torch.tensor([[0.5, 2.5], [4.5, 6.5]]))
+    torch.testing.assert_close(kernel["conv"], kernel["conv"][..., :1, :1].expand(2, 2, 2, 1))
     torch.testing.assert_close(kernel["flat"], torch.arange(8.0, 13.0))
     leaf = hutchinson_diagonal(operator, 1, average="leaf")
-    torch.testing.assert_close(leaf["conv"], torch.full((2, 1, 2, 2), 3.5))
+    torch.testing.assert_close(leaf["conv"], torch.full((2, 2, 2, 1), 3.5))
     torch.testing.assert_close(leaf["flat"], torch.full((5,), 10.0))
     assert leaf["none"].shape == (0, 3)
+    beyond = hutchinson_diagonal(operator, 1, average=10**15)
+    torch.testing.assert_close(beyond["conv"], leaf["conv"])
     pairs = hutchinson_diagonal(operator, 1, average=2)
     torch.testing.assert_close(pairs["flat"], torch.tensor([8.5, 8.5, 10.5, 10.5, 12.0]))  # the last block is short
     torch.testing.assert_close(pairs["one"], torch.tensor(13.0))

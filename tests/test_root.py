@@ -264,5 +264,7 @@ def test_wrong_trees_are_refused() -> None:
     a = torch.tensor(1.0)
     with pytest.raises(ValueError, match="different structures"):
         implicit.custom_root(lambda y, a: y - a)(lambda init, a: {"y": a})(torch.tensor(0.0), a)
-    with pytest.raises(TypeError, match=r"init must be a tree of tensors shaped like the solution, got value 0\.0"):
+    with pytest.raises(
+        TypeError, match=r"init must be a tree of floating-point tensors shaped like the solution, got value 0\.0"
+    ):
         square_root(0.0, a)

@@ -39,8 +39,7 @@ class Factorization(Keepable):
                 f"Factorization would form a {operator.size} x {operator.size} matrix, above max_size={self.max_size}; "
                 "use Nystrom, or raise max_size"
             )
-        matrix = operator.to_dense()
-        return {"factor": _factor(0.5 * (matrix + matrix.T))}
+        return {"factor": _factor(operator.to_dense())}
 
     def action(self, prepared: Tensors) -> Apply:
         """Two triangular solves per row."""

@@ -74,7 +74,7 @@ class Jacobi(Keepable):
         found = diagonal_samples(operator, self.samples, torch.Generator().manual_seed(self.seed)) - known
         rows = [tree.ravel(average_blocks(tree.unravel(row, operator.like), self.average)) for row in found]
         deviation, mean = torch.std_mean(torch.stack(rows), dim=0)
-        return torch.maximum(mean.abs(), deviation / self.samples**0.5).to(operator.dtype)
+        return torch.maximum(mean.abs(), deviation / self.samples**0.5)
 
     def action(self, prepared: Tensors) -> Apply:
         """Row-wise division by the diagonal."""

@@ -54,6 +54,7 @@ class Problem:
     rhs: Tensor  # (640,) the gradient of f in y
     exact: Tensor  # (64,)
     largest: float  # eigenvalue of the Hessian
+    origin: str
 
     def lower(self, x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(self.train @ y, self.train_labels) + self.regularizer(x, y)
@@ -105,7 +106,8 @@ def load(arguments: argparse.Namespace) -> Problem:
     v = torch.linalg.solve(hessian, rhs).reshape(y.shape)
     exact = -torch.exp(x) * (y * v).sum(dim=1)
     largest = float(torch.linalg.eigvalsh(hessian)[-1])
-    return Problem(train, train_labels, valid, valid_labels, x, y, hessian, rhs, exact, largest)
+    origin = "stored inputs" if stored else "drawn inputs"
+    return Problem(train, train_labels, valid, valid_labels, x, y, hessian, rhs, exact, largest, origin)
 
 
 # --- written by hand
@@ -218,12 +220,32 @@ class Recorded(implicit.LinearSolver):
 
 
 def preconditioners(problem: Problem) -> dict[str, Callable[[], implicit.Preconditioner]]:
-    """What CG may be given; each is built inside the timing."""
+    """What CG may be given, each built inside the timing. Extend here."""
 
-    def declared() -> implicit.Preconditioner:
-        return implicit.Jacobi(diagonal=torch.exp(problem.x)[:, None].expand_as(problem.y))
+    def diagonal() -> Tensor:
+        return torch.exp(problem.x)[:, None].expand_as(problem.y)
 
-    return {"Jacobi, the regularizer's diagonal": declared}
+    def nystrom(rank: int) -> implicit.Preconditioner:
+        return implicit.Nystrom(rank=rank, regularizer=problem.regularizer)
+
+    return {
+        "Jacobi, regularizer as a diagonal": lambda: implicit.Jacobi(regularizer=diagonal(), samples=0),
+        "Jacobi, regularizer as a function": lambda: implicit.Jacobi(regularizer=problem.regularizer, samples=0),
+        "Jacobi, regularizer and 10 samples": lambda: implicit.Jacobi(regularizer=problem.regularizer),
+        "Nystrom, regularizer, rank 10": functools.partial(nystrom, 10),
+        "Nystrom, regularizer, rank 20": functools.partial(nystrom, 20),
+        "Nystrom, regularizer, rank 40": functools.partial(nystrom, 40),
+    }
+
+
+def kept(problem: Problem) -> implicit.Preconditioner:
+    """A Cholesky factorization taken at other penalties (off by 0.1 each, signs alternating)."""
+    signs = 1.0 - 2.0 * (torch.arange(len(problem.x)) % 2)
+    elsewhere = problem.x + 0.1 * signs
+    state = implicit.KeptState()
+    held = implicit.Kept().hold(state)
+    held.init(implicit.Hessian(lambda y: problem.lower(elsewhere, y), problem.y))
+    return held
 
 
 def our_rows(problem: Problem) -> list[Row]:
@@ -246,7 +268,9 @@ def our_rows(problem: Problem) -> list[Row]:
     rows = [Row("ours: hypergradient, CG", plain), Row("ours: custom_argmin, CG, backward()", argmin)]
     for name, build in preconditioners(problem).items():
         rows.append(Row(f"ours: hypergradient, CG, {name}", functools.partial(plain, build)))
-    return rows
+    earlier = kept(problem)
+    name = "ours: hypergradient, CG, Cholesky kept from another x (building not counted)"
+    return [*rows, Row(name, lambda: plain(lambda: earlier))]
 
 
 # --- other libraries
@@ -411,13 +435,13 @@ def betty_rows(problem: Problem) -> list[Row]:
 def table(arguments: argparse.Namespace) -> list[dict[str, Cell]]:
     """Run everything and print; returns the table."""
     problem = load(arguments)
-    rounds, quick = peers.rounds(arguments), arguments.quick or arguments.toy
+    quick = arguments.quick or arguments.toy
     comparison = Comparison(our_rows(problem) + hand_rows(problem, quick))
     comparison.add_peer("TorchOpt", lambda: torchopt_rows(problem, quick), arguments.peers)
     comparison.add_peer("jaxopt", lambda: jaxopt_rows(problem), arguments.peers)
     comparison.add_peer("hypertorch", lambda: hypertorch_rows(problem), arguments.peers)
     comparison.add_peer("Betty", lambda: betty_rows(problem), arguments.peers)
-    comparison.run(rounds)
+    comparison.run(arguments)
     measured: list[dict[str, Cell]] = []
     for row in comparison.rows:
         answer: Answer = row.answer
@@ -434,7 +458,7 @@ def table(arguments: argparse.Namespace) -> list[dict[str, Cell]]:
             }
         )
     sizes = f"{problem.y.numel()} lower variables, {problem.x.numel()} penalties, {len(problem.train)} rows"
-    peers.finish(arguments, f"Job 1: one hypergradient, {sizes}, float64", comparison, measured)
+    peers.finish(arguments, f"Job 1: one hypergradient, {sizes}, {problem.origin}, float64", comparison, measured)
     return measured
 
 

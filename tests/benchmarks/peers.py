@@ -1,7 +1,8 @@
 """What the comparisons share: one thread, interleaved rounds, medians, tables, and peers that may be missing.
 
 A comparison is a list of rows. A row is one way to compute the same thing; every round runs each row once (quick rows
-a few times), in an order that rotates, so that a busy spell of the machine falls on all of them.
+a few times), in an order that rotates, so that a busy spell of the machine falls on all of
+them.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from threadpoolctl import threadpool_limits
 Cell = str | float | int | None
 
 DISTRIBUTIONS = ("torch", "numpy", "scipy", "torchopt", "curvlinops-for-pytorch", "jax", "jaxopt", "betty-ml")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 BURST_SECONDS = 0.05
 """Rows quicker than this are timed up to three times a visit, as their caches would be in a real loop."""
 
@@ -78,15 +80,16 @@ class Comparison:
             row.peer = True
         self.rows += built
 
-    def run(self, rounds: int, *, warm_up: bool = True, budget: float = 6.0) -> None:
+    def run(self, arguments: argparse.Namespace, *, warm_up: bool = True, budget: float = 6.0) -> None:
         """Time all rows; a row that has used ``budget`` seconds is left out of later rounds."""
+        clock = CLOCKS[arguments.clock]
         for row in list(self.rows):
             self._guarded(row, lambda row=row: _prepare(row, warm_up))
-        for turn in range(rounds):
+        for turn in range(min(arguments.rounds, 2) if arguments.quick or arguments.toy else arguments.rounds):
             shift = turn % max(len(self.rows), 1)
             for row in self.rows[shift:] + self.rows[:shift]:
                 if not row.seconds or sum(row.seconds) <= budget:
-                    self._guarded(row, lambda row=row: _visit(row))
+                    self._guarded(row, lambda row=row: _visit(row, clock))
 
     def _guarded(self, row: Row, action: Callable[[], None]) -> None:
         try:
@@ -114,13 +117,13 @@ def _prepare(row: Row, warm_up: bool) -> None:
         row.run()
 
 
-def _visit(row: Row) -> None:
+def _visit(row: Row, clock: Callable[[], float]) -> None:
     gc.collect()
     spent, calls = 0.0, 0
     while calls < 3 and (calls == 0 or spent < BURST_SECONDS):
-        began = time.perf_counter()
+        began = clock()
         row.answer = row.run()
-        row.seconds.append(time.perf_counter() - began)
+        row.seconds.append(clock() - began)
         spent, calls = spent + row.seconds[-1], calls + 1
 
 
@@ -154,13 +157,10 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="at most two rounds, and without the slowest rows")
     made.add_argument("--toy", action="store_true", help="a tiny problem that only shows that the script runs")
     made.add_argument("--no-peers", dest="peers", action="store_false", help="without other libraries")
+    made.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: less disturbed on a busy machine")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write every sample there")
     made.add_argument("--data-dir", type=Path, default=os.environ.get("BILEVEL_DATA"), help="default: BILEVEL_DATA")
     return made
-
-
-def rounds(arguments: argparse.Namespace) -> int:
-    return min(arguments.rounds, 2) if arguments.quick or arguments.toy else arguments.rounds
 
 
 def inputs(arguments: argparse.Namespace, name: str) -> dict[str, np.ndarray] | None:
@@ -183,6 +183,14 @@ def settle() -> None:
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     logging.getLogger("betty").disabled = True
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def format_cell(value: Cell) -> str:
@@ -212,7 +220,7 @@ def finish(
     for name in DISTRIBUTIONS:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+    machine = f"{_processor()}, {torch.get_num_threads()} thread(s), {arguments.clock} clock"
     print(f"\n{machine}; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     if arguments.json:
         record = {
