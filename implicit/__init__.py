@@ -4,6 +4,7 @@ Objects here know nothing about bilevel problems: operators, linear solvers, min
 driver with its checkpoints that every method of the library runs on.
 """
 
+from implicit import optimality as optimality
 from implicit.checkpoint import SaveCheckpoint as SaveCheckpoint
 from implicit.checkpoint import load_checkpoint as load_checkpoint
 from implicit.checkpoint import save_checkpoint as save_checkpoint
@@ -31,13 +32,23 @@ from implicit.iterate import IterativeMethod as IterativeMethod
 from implicit.iterate import Run as Run
 from implicit.iterate import StepInfo as StepInfo
 from implicit.iterate import iterate as iterate
+from implicit.kkt import custom_kkt as custom_kkt
 from implicit.linear_solvers import CG as CG
+from implicit.linear_solvers import GMRES as GMRES
+from implicit.linear_solvers import LDLT as LDLT
+from implicit.linear_solvers import LSMR as LSMR
 from implicit.linear_solvers import LU as LU
+from implicit.linear_solvers import MINRES as MINRES
+from implicit.linear_solvers import AutoSolver as AutoSolver
+from implicit.linear_solvers import BiCGSTAB as BiCGSTAB
 from implicit.linear_solvers import Cholesky as Cholesky
 from implicit.linear_solvers import LinearSolution as LinearSolution
 from implicit.linear_solvers import LinearSolver as LinearSolver
+from implicit.linear_solvers import Neumann as Neumann
+from implicit.linear_solvers import NormalCG as NormalCG
 from implicit.linear_solvers import Preconditioner as Preconditioner
 from implicit.minimizers import LBFGS as LBFGS
+from implicit.minimizers import GradientRegularizedNewton as GradientRegularizedNewton
 from implicit.minimizers import Minimizer as Minimizer
 from implicit.minimizers import Minimum as Minimum
 from implicit.minimizers import NewtonCG as NewtonCG
@@ -45,20 +56,30 @@ from implicit.minimizers import SpectralProjectedGradient as SpectralProjectedGr
 from implicit.minimizers import minimize as minimize
 from implicit.operators import Dense as Dense
 from implicit.operators import Diagonal as Diagonal
+from implicit.operators import Fisher as Fisher
+from implicit.operators import GaussNewton as GaussNewton
 from implicit.operators import GradientDifference as GradientDifference
 from implicit.operators import Hessian as Hessian
 from implicit.operators import Identity as Identity
+from implicit.operators import Jacobian as Jacobian
 from implicit.operators import LinearOperator as LinearOperator
+from implicit.operators import MixedDerivative as MixedDerivative
 from implicit.operators import Product as Product
 from implicit.operators import Scaled as Scaled
 from implicit.operators import Shifted as Shifted
 from implicit.operators import Sum as Sum
+from implicit.optimality import KKTPoint as KKTPoint
 from implicit.preconditioners import Factorization as Factorization
 from implicit.preconditioners import Jacobi as Jacobi
 from implicit.preconditioners import Kept as Kept
 from implicit.preconditioners import KeptState as KeptState
 from implicit.preconditioners import Nystrom as Nystrom
 from implicit.progress import Progress as Progress
+from implicit.prox import block_soft_threshold as block_soft_threshold
+from implicit.prox import prox_elastic_net as prox_elastic_net
+from implicit.prox import prox_group_lasso as prox_group_lasso
+from implicit.prox import prox_l1 as prox_l1
+from implicit.prox import soft_threshold as soft_threshold
 from implicit.random import paired as paired
 from implicit.root import custom_argmin as custom_argmin
 from implicit.root import custom_fixed_point as custom_fixed_point
@@ -79,20 +100,29 @@ ENGINE_OF = "bilevel"
 
 __all__ = [
     "CG",
+    "GMRES",
     "LBFGS",
+    "LDLT",
+    "LSMR",
     "LU",
+    "MINRES",
     "SGD",
     "Adagrad",
     "Adam",
+    "AutoSolver",
+    "BiCGSTAB",
     "Cholesky",
     "ConvergenceWarning",
     "Dense",
     "Diagonal",
     "Estimator",
     "Factorization",
+    "Fisher",
+    "GaussNewton",
     "FiniteDifference",
     "GradientDifference",
     "GradientGraph",
+    "GradientRegularizedNewton",
     "Hessian",
     "Hypergradient",
     "HypergradientAccuracy",
@@ -100,6 +130,8 @@ __all__ = [
     "InnerOptimizer",
     "IterativeMethod",
     "Jacobi",
+    "KKTPoint",
+    "Jacobian",
     "Kept",
     "KeptHessian",
     "KeptState",
@@ -109,8 +141,11 @@ __all__ = [
     "LinearSolver",
     "Minimizer",
     "Minimum",
+    "MixedDerivative",
+    "Neumann",
     "NeumannSeries",
     "NewtonCG",
+    "NormalCG",
     "Nystrom",
     "OneStep",
     "Preconditioner",
@@ -128,10 +163,12 @@ __all__ = [
     "State",
     "Status",
     "StepInfo",
+    "block_soft_threshold",
     "Sum",
     "UnrolledHypergradient",
     "custom_argmin",
     "custom_fixed_point",
+    "custom_kkt",
     "custom_root",
     "hutchinson_diagonal",
     "hvp",
@@ -142,8 +179,13 @@ __all__ = [
     "load_checkpoint",
     "minimize",
     "mixed_vjp",
+    "optimality",
     "paired",
+    "prox_elastic_net",
+    "prox_group_lasso",
+    "prox_l1",
     "save_checkpoint",
+    "soft_threshold",
     "unroll",
     "unroll_map",
     "unrolled",

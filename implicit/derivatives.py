@@ -9,13 +9,16 @@ Conventions: ``g(x, y)`` is a scalar; ``mixed_vjp`` is :math:`\\nabla^2_{xy} g\\
 :math:`\\nabla^2_{yy} g\\, v` from the same reverse pass.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicit import tree
+from implicit.differentiability import evaluate, explain, missing, traffic
+from implicit.recorded import Recorded, Unrecordable
 from implicit.tree import Tree
 
 ScalarFunction = Callable[..., Tensor]
@@ -63,48 +66,106 @@ def _gradients(value: Tensor, variables: Tree, *, create_graph: bool) -> Tree:
 class GradientGraph:
     """One evaluation of ``g(x, y)`` with its gradient in y, kept for second-order products.
 
+    Attention whose kernel has no second derivative is evaluated on the MATH kernel, cuDNN's recurrent layers without
+    cuDNN; ``notes`` says so.
+
     Attributes:
         value: ``g(x, y)``, detached.
         gradient: :math:`\\nabla_y g(x, y)`, detached, with the structure of y.
         products: how many second-order products were asked for.
+        passes: backward passes run for them; several products can share one.
+        notes: sentences about the evaluation.
+        active: which leaves of the gradient depend on x or y; the others have no second derivatives.
 
-    The graph holds one forward and one backward pass in memory until the object is dropped.
+    The graph holds one forward and one backward pass in memory until the object is dropped. Products raise ValueError
+    with the reason where torch has no second derivative of the objective or a wrong one (:attr:`obstacle`).
     """
 
     def __init__(self, fn: ScalarFunction, x: Tree, y: Tree, name: str = "the lower objective") -> None:
         self.x = tree.variables(x)
         self.y = tree.variables(y)
-        self.products = 0
+        self.products = self.passes = 0
+        evaluation = evaluate(lambda: require_scalar(fn(self.x, self.y), name))
+        self.notes, self._refused = evaluation.notes, evaluation.obstacle
         with torch.enable_grad():
-            value = require_scalar(fn(self.x, self.y), name)
-            self._gradient = _gradients(value, self.y, create_graph=True)
-        self.value = value.detach()
+            self._gradient = _gradients(evaluation.value, self.y, create_graph=True)
+        self.value = evaluation.value.detach()
         self.gradient = tree.detach(self._gradient)
+        # The gradient is a tuple of outputs; those without a graph (linear in y) contribute zero.
+        outputs = tree.leaves(self._gradient)
+        self.active = [i for i, o in enumerate(outputs) if o.requires_grad]
+        self._outputs = [outputs[i] for i in self.active]
+        self.recorded: Recorded | None = None
+        self.unrecordable: str | None = None
+
+    @functools.cached_property
+    def obstacle(self) -> str | None:
+        """Why second-order products fail or would be wrong, with the cure; None if nothing is known."""
+        return self._refused or missing([o.grad_fn for o in self._outputs])
+
+    @functools.cached_property
+    def traffic(self) -> int:
+        """Bytes of the cotangents that flow through the graph in one product."""
+        return traffic(o.grad_fn for o in self._outputs)
+
+    def record(self) -> None:
+        """Record products in y once: ``recorded`` maps active cotangents to their leaves without autograd.
+
+        ``unrecordable`` says why that is not possible. The record is checked against a product on the graph.
+        """
+        own = tree.leaves(self.y)
+        probes = [
+            [torch.linspace(start, end, o.numel(), dtype=o.dtype, device=o.device).view(o.shape) for o in self._outputs]
+            for start, end in ((-1.0, 2.0), (1.5, -0.75))
+        ]
+        try:
+            recorded = Recorded(lambda *v: self.differentiate(v, own), probes[0])
+        except Unrecordable as error:
+            self.unrecordable = str(error)
+            return
+        for found, expected in zip(recorded(*probes[1]), self.differentiate(probes[1], own), strict=True):
+            if expected is not None:
+                error = torch.linalg.vector_norm(found - expected)
+                if not error <= torch.finfo(expected.dtype).eps ** (2 / 3) * torch.linalg.vector_norm(expected):
+                    self.unrecordable = "the backward pass does more than a fixed list of operations"
+                    return
+        self.recorded = recorded
+
+    def differentiate(self, cotangents: Sequence[Tensor], wrt: Sequence[Tensor], batched: bool = False) -> Any:
+        """Gradients of ``<gradient, cotangents>`` in ``wrt``, leaf by leaf; None where one is zero.
+
+        Args:
+            cotangents: one per active leaf of the gradient.
+            wrt: leaves of ``x`` or ``y``.
+            batched: whether the cotangents, and then the results, carry a leading axis.
+        """
+        if self._refused:
+            raise ValueError(self._refused)
+        self.passes += 1
+        if not self._outputs or not wrt:
+            return [None] * len(wrt)
+        try:
+            return torch.autograd.grad(
+                self._outputs,
+                wrt,
+                grad_outputs=cotangents,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        except RuntimeError as error:
+            if (reason := explain(error)) is None:
+                raise
+            raise ValueError(reason) from error
 
     def _product(self, wrt: Tree, v: Tree, *, batched: bool = False) -> Tree:
-        # The gradient is a tuple of outputs; those without a graph (linear in y) contribute zero.
-        outputs, spec = tree.flatten(self._gradient)
-        cotangents = tree.aligned_leaves(v, spec)
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        own, wrt_spec = tree.flatten(wrt)
-        self.products += cotangents[0].shape[0] if batched and cotangents else 1
-        if not pairs or not own:
-            return tree.map(lambda leaf: leaf.new_zeros((*self._lead(cotangents, batched), *leaf.shape)), wrt)
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            own,
-            grad_outputs=[c for _, c in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-        lead = self._lead(cotangents, batched)
+        cotangents = tree.aligned_leaves(v, tree.structure(self.gradient))
+        own, spec = tree.flatten(wrt)
+        lead = (cotangents[0].shape[0],) if batched and cotangents else ()
+        self.products += lead[0] if lead else 1
+        found = self.differentiate([cotangents[i] for i in self.active], own, batched)
         filled = [f if f is not None else o.new_zeros((*lead, *o.shape)) for f, o in zip(found, own, strict=True)]
-        return tree.unflatten([f.detach() for f in filled], wrt_spec)
-
-    @staticmethod
-    def _lead(cotangents: list[Tensor], batched: bool) -> tuple[int, ...]:
-        return (cotangents[0].shape[0],) if batched and cotangents else ()
+        return tree.unflatten([f.detach() for f in filled], spec)
 
     def hvp(self, v: Tree) -> Tree:
         """:math:`\\nabla^2_{yy} g\\, v`, with the structure of y."""

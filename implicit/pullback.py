@@ -1,7 +1,7 @@
 """Reverse-mode products that can be differentiated again in whatever mode is active.
 
-Without ``torch.func`` transforms an ordinary autograd graph is used: it is cheaper, and it works for modules that
-refuse the transforms. Under a transform the same product is written with ``torch.func.vjp``.
+At points that autograd follows, an ordinary graph is used: it is cheaper, and it works for modules that refuse
+``torch.func``. Elsewhere, and under transforms, the same product is written with ``torch.func.vjp``.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,20 +21,27 @@ def pullback(fn: Map, points: Sequence[Tensor]) -> tuple[Leaves, Map]:
 
     Both are differentiable in the points and in the cotangents. Points that do not enter get zeros.
     """
-    if transforms_active():
+    own = _names(points)
+    if own is None:
         value, pull = vjp(fn, *points)
         return value, lambda *cotangents: pull(tuple(cotangents))
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Fresh names: what the points themselves depend on is held fixed.
-        own = tuple(_alias(point) for point in points)
         value = fn(*own)
     return value, lambda *cotangents: gradients(value, own, cotangents, create_graph=again)
 
 
-def _alias(point: Tensor) -> Tensor:
-    alias = point.view_as(point)
-    return alias if alias.requires_grad else alias.requires_grad_()
+def _names(points: Sequence[Tensor]) -> Leaves | None:
+    """Fresh names of the points, so that what they depend on is held fixed; None where autograd does not follow them.
+
+    A point that requires no gradient would have to be made to, and its graph would leak out of here. What a transform
+    that has ended left behind claims to require one until it is used.
+    """
+    if transforms_active():
+        return None
+    with torch.enable_grad():
+        own = tuple(point.view_as(point) for point in points)
+    return own if all(name.requires_grad for name in own) else None
 
 
 def gradients(
@@ -57,7 +64,7 @@ def gradients(
 
 def gradient(fn: ScalarFunction, points: Sequence[Tensor], name: str = "the objective") -> Leaves:
     """The gradient of a scalar function of tensors, differentiable again in every mode."""
-    if transforms_active():
+    if _names(points) is None:
         return torch.func.grad(lambda q: require_scalar(fn(*q), name))(tuple(points))
     value, pull = pullback(lambda *q: (require_scalar(fn(*q), name),), points)
     return pull(torch.ones_like(value[0]))

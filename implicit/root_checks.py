@@ -18,6 +18,12 @@ from implicit.status import ConvergenceWarning, SolveError
 from implicit.transforms import forward_levels, is_tracked
 
 
+def check_tolerance(residual_tolerance: float | None) -> None:
+    """Refuse a tolerance that nothing or everything would meet."""
+    if residual_tolerance is not None and not residual_tolerance > 0:
+        raise ValueError(f"residual_tolerance must be None or > 0, got {residual_tolerance}")
+
+
 def check_solution(leaves: Sequence[Tensor]) -> None:
     """Refuse what a diverged solver returned."""
     if not bool(tree.all_finite(tuple(leaves))):
@@ -57,10 +63,10 @@ def check_solved(setup: Setup, system: System, amplification: float) -> None:
     from the system just solved (``amplification`` is the largest ``||u|| / ||b||``), and the lower bound
     ``||F||^2 / ||A^T F||`` (Cauchy-Schwarz) from one product. Neither depends on the units of F.
     """
-    tolerance = setup.residual_tolerance
+    tolerance = setup.problem.residual_tolerance
     if tolerance is None:
         return
-    residual, size = float(tree.norm(system.residual)), float(tree.norm(system.like))
+    residual, size = float(tree.norm(system.residual)), float(tree.norm(system.like[: setup.primal]))
     if residual == 0.0:
         return
     # Close to zero y is no measure of its own error; how far the solver came is.
@@ -69,8 +75,8 @@ def check_solved(setup: Setup, system: System, amplification: float) -> None:
     bound = residual * (residual / pulled) if pulled else float("inf")
     if max(bound, residual * amplification) <= limit:
         return
-    correction = setup.linear_solver.solve(system.T if system.transposed else system, system.residual)
-    length = float("inf") if correction.status.is_failure else float(tree.norm(correction.value))
+    correction = setup.problem.linear_solver.solve(system.T if system.transposed else system, system.residual)
+    length = float("inf") if correction.status.is_failure else float(tree.norm(correction.value[: setup.primal]))
     if not length <= limit:  # NaN warns too
         warnings.warn(
             f"the solver did not solve what is differentiated: ||F(y, theta)|| = {residual:.3g}, and one Newton step "

@@ -28,9 +28,11 @@ from implicit.root_checks import (
     check_solved,
     refuse_captured,
     refuse_nested_forward,
+    refuse_transformed_captures,
 )
-from implicit.root_system import Setup, System
+from implicit.root_system import Problem, Setup, System
 from implicit.transforms import is_dual, transforms_active, vmapped
+from implicit.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class _Task:
             here, residual = everything[:n], setup.in_y(tuple(everything[n:]))
 
             def multiply(*w: Tensor) -> Leaves:
-                if self.transposed or setup.symmetric:
+                if self.transposed or setup.problem.symmetric:
                     return pullback(residual, here)[1](*w)
                 return push(residual, here, w, here)
 
@@ -72,7 +74,7 @@ def _solve(task: _Task, system: System, b: Leaves) -> Leaves:
     """One linear system on plain tensors, looked at before it is believed."""
     lead = b[0].shape[: task.lead]
     rows = tuple(leaf.reshape((-1, *leaf.shape[task.lead :])) for leaf in b) if task.lead else b
-    found = task.setup.linear_solver.solve(system, rows, batched=task.lead > 0)
+    found = task.setup.problem.linear_solver.solve(system, rows, batched=task.lead > 0)
     check_linear(found, system.dtype)
     if task.check:
         check_solved(task.setup, system, _amplification(rows, found.value, task.lead > 0))
@@ -91,6 +93,9 @@ def _system(task: _Task, y: Leaves, theta: Leaves, wanted: Sequence[int] = ()) -
     system = System(task.setup, y, theta, transposed=task.transposed, wanted=wanted)
     refuse_captured(system.outputs, (*system.y, *system.theta))
     check_residual(system)
+    if task.check and task.setup.problem.examine is not None:
+        with torch.no_grad():
+            task.setup.problem.examine(tree.unflatten(y, task.setup.start_spec), *task.setup.theta(theta))
     return system
 
 
@@ -168,11 +173,11 @@ class Root(torch.autograd.Function):
     @staticmethod
     def forward(setup: Setup, shared: tuple[bool, ...] | None, *tensors: Tensor) -> Leaves:
         start, theta = list(tensors[: setup.count]), tensors[setup.count :]
-        solver, shapes = setup.solver, setup.shapes
+        solver, shapes = setup.problem.solver, setup.shapes
         if shared is not None:
-            assert setup.batched_solver is not None
+            assert setup.problem.batched_solver is not None
             lead = start[0].shape[:1]
-            solver, shapes = setup.batched_solver, tuple(torch.Size((*lead, *s)) for s in setup.shapes)
+            solver, shapes = setup.problem.batched_solver, tuple(torch.Size((*lead, *s)) for s in setup.shapes)
             theta = [t.expand(*lead, *t.shape) if one else t for t, one in zip(theta, shared, strict=True)]
         with torch.enable_grad():  # solvers differentiate inside
             found = solver(tree.unflatten(start, setup.start_spec), *setup.theta(theta))
@@ -180,7 +185,7 @@ class Root(torch.autograd.Function):
         check_solution(leaves)
         axes = 0 if shared is None else 1
         moved = [(leaf.detach() - first).flatten(axes) for leaf, first in zip(leaves, start, strict=True)]
-        travel = torch.linalg.vector_norm(torch.cat(moved, dim=axes), dim=axes)
+        travel = torch.linalg.vector_norm(torch.cat(moved[: setup.primal], dim=axes), dim=axes)
         return (*(leaf.detach().clone() for leaf in leaves), travel)
 
     @staticmethod
@@ -233,7 +238,7 @@ class Root(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         setup, shared, *tensors = args
         n, dims = setup.count, in_dims[2:]
-        if setup.batched_solver is None or shared is not None:
+        if setup.problem.batched_solver is None or shared is not None:
             return _loop(info, dims, tensors, lambda *each: Root.apply(setup, shared, *each)), (0,) * (n + 1)
         start = _batch_first(info, dims[:n], tensors[:n])
         theta = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors[n:], dims[n:], strict=True)]
@@ -290,3 +295,37 @@ def _loop(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor], fn: 
         for i in range(info.batch_size)
     ]
     return tuple(torch.stack(leaf) for leaf in zip(*found, strict=True))
+
+
+def solve_implicitly(problem: Problem, init: Tree, theta: tuple[Any, ...], *, primal: int | None = None) -> Tree:
+    """The solver's answer, differentiable in the floating-point tensors of theta.
+
+    Args:
+        problem: what is solved.
+        init: the start, a tree of floating-point tensors shaped like the solution.
+        theta: the other arguments, any trees.
+        primal: how many leaves of the solution its error is measured on; all by default.
+    """
+    refuse_transformed_captures(problem.residual)
+    start, start_spec = tree.flatten(init)
+    if not start or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in start):
+        raise TypeError(
+            f"init must be a tree of floating-point tensors shaped like the solution, got {tree.describe(init)}"
+        )
+    tree.common_dtype(init, "init")
+    values, theta_spec = tree.flatten(theta)
+    slots = tuple(i for i, v in enumerate(values) if isinstance(v, Tensor))
+    tensors = [values[i] for i in slots]
+    setup = Setup(
+        problem=problem,
+        start_spec=start_spec,
+        shapes=tuple(leaf.shape for leaf in start),
+        primal=len(start) if primal is None else primal,
+        theta_spec=theta_spec,
+        statics=tuple(None if isinstance(v, Tensor) else v for v in values),
+        slots=slots,
+        # Labels and masks have no gradient.
+        floating=tuple(i for i, t in enumerate(tensors) if t.is_floating_point()),
+    )
+    *found, _ = Root.apply(setup, None, *[leaf.detach() for leaf in start], *tensors)
+    return tree.unflatten(found, start_spec)

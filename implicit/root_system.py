@@ -18,18 +18,27 @@ Residual = Callable[..., Tree]
 Solver = Callable[..., Tree]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is solved and how it is differentiated; see :func:`implicit.custom_root`."""
+
+    residual: Residual
+    solver: Solver
+    linear_solver: LinearSolver
+    symmetric: bool = False
+    residual_tolerance: float | None = 1e-2
+    batched_solver: Solver | None = None
+    examine: Callable[..., None] | None = None  # looks at (y, *theta) before they are differentiated
+
+
 @dataclass(frozen=True)
 class Setup:
     """What the autograd functions need beside tensors: never a template tensor, which would pin a functorch level."""
 
-    residual: Residual
-    solver: Solver
-    batched_solver: Solver | None
-    linear_solver: LinearSolver
-    symmetric: bool
-    residual_tolerance: float | None
+    problem: Problem
     start_spec: Structure
     shapes: tuple[torch.Size, ...]  # of the leaves of y
+    primal: int  # how many of those the error of y is measured on; multipliers follow
     theta_spec: Structure
     statics: tuple[Any, ...]
     slots: tuple[int, ...]  # where the tensors of theta stand among its leaves
@@ -53,7 +62,7 @@ class Setup:
         Raises:
             ValueError: if F does not have the structure and shapes of y.
         """
-        found = self.residual(tree.unflatten(y, self.start_spec), *self.theta(theta))
+        found = self.problem.residual(tree.unflatten(y, self.start_spec), *self.theta(theta))
         return tuple(self.align(found, "the residual function returned", self.shapes))
 
     def align(self, value: Tree, what: str, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -102,7 +111,7 @@ class System(LinearOperator):
 
     def __init__(self, setup: Setup, y: Leaves, theta: Leaves, *, transposed: bool, wanted: Sequence[int] = ()) -> None:
         super().__init__(y)
-        self.symmetric = self.positive_definite = setup.symmetric
+        self.symmetric = self.positive_definite = setup.problem.symmetric
         self.transposed = transposed
         self.wanted = tuple(wanted)
         self.y = tuple(leaf.detach().requires_grad_() for leaf in y)

@@ -7,6 +7,7 @@ Cholesky factorization per x preconditions every system there (:class:`KeptHessi
 residuals are measured on the objective itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,54 +21,6 @@ from implicit.operators import Hessian, LinearOperator
 from implicit.tree import Tree
 
 CHUNK = 128
-
-
-class _SymmetricProduct(torch.autograd.Function):
-    """``A y`` with a constant symmetric A: its own transpose, to any order."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(matrix: Tensor, y: Tensor) -> Tensor:
-        return matrix @ y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        return None, _SymmetricProduct.apply(ctx.saved_tensors[0], cotangents[0])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _SymmetricProduct.apply(ctx.saved_tensors[0], tangents[1])
-
-
-class _HalfForm(torch.autograd.Function):
-    """``y^T p / 2 + b^T y + c`` where p is A y: its gradient is ``p + b``, for which p need not be computed again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y: Tensor, product: Tensor, vector: Tensor, constant: Tensor) -> Tensor:
-        return torch.dot(y, torch.add(vector, product, alpha=0.5)) + constant
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1], inputs[2])
-        ctx.save_for_forward(inputs[1], inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        product, vector = ctx.saved_tensors
-        return cotangents[0] * (product + vector), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        product, vector = ctx.saved_tensors
-        return torch.dot(tangents[0], product + vector)
 
 
 @dataclass(frozen=True)
@@ -87,7 +40,7 @@ class QuadraticForm:
     def __call__(self, y: Tree) -> Tensor:
         """q(y)."""
         flat = tree.ravel(y)
-        return _HalfForm.apply(flat, _SymmetricProduct.apply(self.matrix, flat), self.vector, self.constant)
+        return 0.5 * torch.dot(flat, self.matrix @ flat) + torch.dot(self.vector, flat) + self.constant
 
     @classmethod
     def find(cls, fn: ScalarFunction, y: Tree) -> "QuadraticForm | None":
@@ -127,6 +80,50 @@ class QuadraticForm:
         return form
 
 
+class FormGraph(GradientGraph):
+    """The kept graph of ``form(y) + regularizer(x, y)``: the form's part of every product is one with its matrix.
+
+    Attributes:
+        rest: the graph of the regularizer.
+    """
+
+    def __init__(self, form: QuadraticForm, regularizer: ScalarFunction, x: Tree, y: Tree) -> None:
+        self.rest = GradientGraph(regularizer, x, y, "the regularizer")
+        self.form, self.x, self.y = form, self.rest.x, self.rest.y
+        self.products = self.passes = 0
+        self.notes, self.recorded, self.unrecordable = self.rest.notes, None, "the form needs none"
+        own = tree.leaves(self.y)
+        self.active = list(range(len(own)))
+        self._own = {id(leaf): place for place, leaf in enumerate(own)}
+        flat = tree.ravel(tree.detach(y))
+        product = form.matrix @ flat
+        self.value = self.rest.value + torch.dot(flat, torch.add(form.vector, product, alpha=0.5)) + form.constant
+        self.gradient = tree.add(tree.unravel(product + form.vector, self.rest.gradient), self.rest.gradient)
+
+    @property
+    def obstacle(self) -> str | None:
+        """What keeps the regularizer from being differentiated twice."""
+        return self.rest.obstacle
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of the cotangents that flow in one product."""
+        return self.rest.traffic + self.form.vector.numel() * self.form.vector.element_size()
+
+    def differentiate(self, cotangents: Sequence[Tensor], wrt: Sequence[Tensor], batched: bool = False) -> Any:
+        """Gradients of ``<gradient, cotangents>``; see :meth:`GradientGraph.differentiate`."""
+        found = list(self.rest.differentiate([cotangents[i] for i in self.rest.active], wrt, batched))
+        if not any(id(leaf) in self._own for leaf in wrt):
+            return found
+        flat = tree.ravel_batch(list(cotangents)) if batched else tree.ravel(list(cotangents))
+        parts = tree.leaves(tree.unravel(flat @ self.form.matrix, self.y))
+        for place, leaf in enumerate(wrt):
+            if id(leaf) in self._own:
+                part, rest = parts[self._own[id(leaf)]], found[place]
+                found[place] = part if rest is None else rest + part
+        return found
+
+
 def _close(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
     """Equal up to rounding; false for NaN."""
     tolerance = float(torch.finfo(found.dtype).eps) ** 0.75
@@ -152,7 +149,13 @@ class Factorized(Preconditioner):
 
     def init(self, operator: LinearOperator) -> Apply:
         """Two triangular solves per row."""
-        return lambda rows: torch.cholesky_solve(rows.T, self.factor).T
+        lower, upper = self.factor, self.factor.T
+
+        def apply(rows: Tensor) -> Tensor:  # cholesky_solve copies the factor at every call
+            half = torch.linalg.solve_triangular(lower, rows.T, upper=False)
+            return torch.linalg.solve_triangular(upper, half, upper=True).T
+
+        return apply
 
 
 class KeptHessian:

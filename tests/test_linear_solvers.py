@@ -104,7 +104,7 @@ def test_many_right_hand_sides_of_very_different_size() -> None:
         torch.testing.assert_close(found.value[i], alone.value, rtol=1e-6, atol=0.0)
     assert found.residual == pytest.approx(float(residuals.max()), rel=1e-6)
     assert found.relative_residual <= 1e-9
-    assert found.products == operator.products == 5 * (found.steps + found.products // 5 - found.steps)
+    assert found.products == operator.products < 5 * (found.steps + 1)  # finished rows cost nothing
 
 
 def test_converged_rows_are_frozen() -> None:
@@ -352,9 +352,9 @@ def test_cholesky_reports_what_is_not_positive_definite() -> None:
 def test_lu_reports_singular_systems() -> None:
     singular = torch.diag(torch.tensor([1.0, 0.0, 2.0]))
     found = LU().solve(Dense(singular), torch.ones(3))
-    assert (found.status, found.indefinite) == (Status.LINEAR_SOLVE_FAILED, False)
+    assert (found.status, found.indefinite, found.singular) == (Status.STALLED, False, True)
     assert "singular" in found.message
-    assert found.relative_residual == 1.0
+    assert found.relative_residual == pytest.approx(3**-0.5)
 
 
 @pytest.mark.parametrize("solver", [Cholesky(), LU()], ids=lambda s: type(s).__name__)

@@ -12,7 +12,7 @@ import bilevel
 import implicit
 from bilevel import BilevelProblem, ImplicitGradient
 from implicit import CG, GradientGraph, Hessian, KeptHessian, QuadraticForm, tree
-from implicit.structure import Factorized, depends_on
+from implicit.structure import Factorized, FormGraph, depends_on
 from implicit.tree import Tree
 from tests.dense import normal, relative
 
@@ -65,16 +65,36 @@ def test_a_quadratic_is_found_and_differentiates_like_the_original() -> None:
     assert gradcheck(lambda f: form(tree.unravel(f, like)), (flat,))
     assert gradgradcheck(lambda f: form(tree.unravel(f, like)), (flat,))
 
-    def flat_form(f: Tensor) -> Tensor:
-        return form(tree.unravel(f, like))
 
-    for order in (torch.func.hessian, lambda g: torch.func.jacrev(torch.func.jacrev(g))):
-        assert relative(order(flat_form)(flat.detach()), dense) < 1e-13
-    points = normal(8, 5, 7)
-    slopes = torch.func.vmap(torch.func.grad(flat_form))(points)
-    assert relative(slopes, points @ dense + form.vector) < 1e-13
-    tangent = torch.func.jvp(flat_form, (points[0],), (points[1],))[1]
-    assert float(tangent) == pytest.approx(float(slopes[0] @ points[1]), rel=1e-12)
+def test_the_graph_of_a_form_answers_like_that_of_the_function() -> None:
+    like = {"w": normal(5, 3, 2), "none": torch.zeros(0), "b": normal(6)}
+    x = {"w": normal(7, 3, 1), "b": torch.tensor(0.3)}
+    rows = normal(8, 9, 7)
+
+    def data(x: Tree, y: Tree) -> Tensor:
+        return ((rows @ torch.cat([y["b"].reshape(1), y["w"].reshape(-1)]) - 1) ** 2).mean()
+
+    def regularizer(x: Tree, y: Tree) -> Tensor:
+        return (torch.exp(x["w"]) * y["w"] ** 2).sum() + x["b"] * y["b"] ** 3
+
+    form = QuadraticForm.find(lambda q: data(x, q), like)
+    assert form is not None
+    ours = FormGraph(form, regularizer, x, like)
+    theirs = GradientGraph(lambda p, q: data(p, q) + regularizer(p, q), x, like)
+    assert float(ours.value) == pytest.approx(float(theirs.value), rel=1e-13)
+    v = {"none": torch.zeros(0), "b": normal(9), "w": normal(10, 3, 2)}
+    batch = tree.map(lambda leaf: torch.stack([leaf, 2 * leaf - 1, leaf**2]), v)
+    pairs = [
+        (ours.gradient, theirs.gradient),
+        (ours.hvp(v), theirs.hvp(v)),
+        (ours.mixed_vjp(v), theirs.mixed_vjp(v)),
+        (ours.joint(v), theirs.joint(v)),
+        (ours.hvp_batch(batch), theirs.hvp_batch(batch)),
+        (Hessian.of(ours) @ v, Hessian.of(theirs) @ v),
+    ]
+    for found, expected in pairs:
+        assert relative(tree.ravel(found), tree.ravel(expected)) < 1e-13
+    assert relative(Hessian.of(ours).to_dense(), Hessian.of(theirs).to_dense()) < 1e-13
 
 
 @pytest.mark.parametrize(

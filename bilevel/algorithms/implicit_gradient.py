@@ -34,7 +34,6 @@ from bilevel.step_sizes import PathEfficiency
 from implicit import (
     CG,
     LBFGS,
-    GradientGraph,
     LinearSolver,
     Minimizer,
     NewtonCG,
@@ -44,7 +43,7 @@ from implicit import (
 )
 from implicit.hypergradient import hypergradient
 from implicit.iterate import Values
-from implicit.minimizers import Evaluation, ProjectedObjective, gradient_objective, graph_objective
+from implicit.minimizers import Evaluation, ProjectedObjective, expanded_objective, gradient_objective, graph_objective
 from implicit.tree import Tree
 
 
@@ -237,10 +236,11 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         oracle = Oracle.full(problem, state.counts)
         state.hypergradients += 1
         kept = KeptLower(oracle, state.kept, x, state.y) if state.kept is not None else None
-        goal = kept.objective if kept is not None else oracle.lower
         flat = tree.ravel(state.y)
-        if self.lower_solver.needs_graph:
-            objective = graph_objective(goal, x, state.y, "lower")
+        if kept is not None:
+            objective = expanded_objective(kept.expand, state.y)
+        elif self.lower_solver.needs_graph:
+            objective = graph_objective(oracle.lower, x, state.y, "lower")
         else:
             objective = gradient_objective(lambda y: oracle.lower(x, y), state.y, "lower")
         lower_solver, linear_solver = self.lower_solver, self.linear_solver
@@ -255,7 +255,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         y = tree.unravel(lower.point, state.y)
         found = hypergradient(
             oracle.upper,
-            goal,
+            oracle.lower,
             x,
             y,
             linear_solver=linear_solver,
@@ -394,7 +394,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         kept, used = state.kept, ""
         if kept is not None and not status.is_failure:
             lower = KeptLower(oracle, kept, state.x, state.y)
-            factor = lower.preconditioner(GradientGraph(lower.objective, state.x, state.y))
+            factor = lower.preconditioner(lower.expand(state.y))
             solver = preconditioned(NewtonCG(), solver, factor)[1]
             used = f"; {kept.note}" if kept.note else ""
         accuracy, found = assess_implicit(problem, oracle, state.x, state.y, solver, state.adjoint)

@@ -16,7 +16,7 @@ from bilevel.oracle import Oracle
 from implicit import CG, GradientGraph, LinearSolver, Minimizer, NewtonCG, State, tree
 from implicit.minimizers import Evaluation
 from implicit.minimizers.base import Objective
-from implicit.structure import Factorized, KeptHessian, QuadraticForm, depends_on
+from implicit.structure import Factorized, FormGraph, KeptHessian, QuadraticForm, depends_on
 from implicit.tree import Tree
 
 DEFAULT_SIZE = 1_000
@@ -106,20 +106,23 @@ class KeptLower:
             what = "data term" if self.declared else "lower objective, which is quadratic in y,"
             state.note = f"the {n} x {n} Hessian of the {what} was kept between steps"
 
-    def objective(self, x: Tree, y: Tree) -> Tensor:
-        """g(x, y), with the quadratic form in place of its data term where there is one."""
+    def expand(self, y: Tree) -> GradientGraph:
+        """The kept graph of g at y, with the quadratic form in place of its data term where there is one."""
         if self.state.form is None:
-            return self.oracle.lower(x, y)
-        return self.state.form(y) + self.oracle.regularizer(x, y)
+            return self.oracle.graph(self.x, y)
+        return FormGraph(self.state.form, self.oracle.regularizer, self.x, y)
 
     def preconditioner(self, graph: GradientGraph) -> Factorized | None:
-        """The factor at x. ``graph`` is that of :meth:`objective` at the point to start from."""
+        """The factor at x. ``graph`` is what :meth:`expand` gave at the point to start from."""
         state = self.state
         if state.hessian is None and not state.off and 4 * state.spent >= tree.size(graph.y):
             self._build(self.x, graph.y)
         if state.hessian is None:
             return None
-        varying = GradientGraph(self.oracle.regularizer, self.x, graph.y) if self.declared else graph
+        varying = graph
+        if self.declared:
+            whole = isinstance(graph, FormGraph)
+            varying = graph.rest if whole else GradientGraph(self.oracle.regularizer, self.x, graph.y)
         found = state.hessian.preconditioner(varying)
         self.oracle.counts["products"] += 0 if self.declared else 2
         if isinstance(found, str):

@@ -1,5 +1,7 @@
 """What every linear solver takes and returns."""
 
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from implicit import tree
 from implicit.operators import LinearOperator
-from implicit.status import Status
+from implicit.status import ConvergenceWarning, Status
 from implicit.tree import Tree
 
 Apply = Callable[[Tensor], Tensor]
@@ -22,14 +24,19 @@ class LinearSolution:
     """The answer to ``A v = b`` and how good it is.
 
     Attributes:
-        value: v, with the structure of b.
+        value: v, with the structure of A's domain.
         residual: ``||b - A v||``, computed from A itself; for k right-hand sides the largest.
         relative_residual: ``residual / ||b||`` (the largest over right-hand sides; zero for b = 0).
         steps: iterations.
-        products: products with A, including those that checked the residual.
-        status: CONVERGED, STEP_LIMIT, STALLED, NONFINITE or LINEAR_SOLVE_FAILED, read off the true residual.
-        indefinite: whether a direction of non-positive curvature was met.
+        products: products with A and with its transpose, including those that checked the residual.
+        status: CONVERGED, STEP_LIMIT, STALLED, NONFINITE or LINEAR_SOLVE_FAILED, read off the true residual; the
+            worst over right-hand sides.
+        indefinite: whether a direction of negative (CG: non-positive) curvature was met.
         message: one sentence.
+        singular: whether A was found to be singular to working precision (direct solvers) or the system to have no
+            solution; v is then a least-squares solution, of minimum norm where the solver promises it.
+        inertia: numbers of positive, negative and zero eigenvalues, from solvers that find them.
+        method: the solver that answered; :class:`AutoSolver` adds why it was chosen.
     """
 
     value: Tree
@@ -40,6 +47,9 @@ class LinearSolution:
     status: Status
     indefinite: bool = False
     message: str = ""
+    singular: bool = False
+    inertia: tuple[int, int, int] | None = None
+    method: str = ""
 
     @property
     def success(self) -> bool:
@@ -49,7 +59,7 @@ class LinearSolution:
 
 @dataclass(frozen=True)
 class FlatSolution:
-    """The same for ravelled right-hand sides of shape ``(k, n)``; used inside the engine."""
+    """The same for ravelled right-hand sides of shape ``(k, m)``; used inside the engine."""
 
     value: Tensor  # (k, n)
     residuals: Tensor  # (k,)
@@ -58,6 +68,10 @@ class FlatSolution:
     status: Status
     indefinite: bool
     message: str
+    singular: bool = False
+    inertia: tuple[int, int, int] | None = None
+    method: str = ""
+    transposed_products: int = 0  # with an A^T that keeps a count of its own
 
 
 class Preconditioner(ABC):
@@ -72,7 +86,8 @@ class LinearSolver(ABC):
     """Solves ``A v = b`` for operators on trees.
 
     ``init`` prepares (factorises, builds a preconditioner) once per operator; ``solve_flat`` answers any number of
-    right-hand sides with it; :meth:`solve` does both.
+    right-hand sides with it; :meth:`solve` does both. ``transpose`` turns what was prepared for A into what
+    ``A^T u = c`` needs, without preparing again.
     """
 
     @abstractmethod
@@ -83,56 +98,117 @@ class LinearSolver(ABC):
     def solve_flat(self, operator: LinearOperator, prepared: Any, b: Tensor, x0: Tensor | None) -> FlatSolution:
         """Solve for the rows of ``b``, shape ``(k, n)``."""
 
+    def transpose(self, prepared: Any) -> Any:
+        """What ``init(operator.T)`` would return, from ``prepared = init(operator)``."""
+        return prepared
+
     def solve(
-        self, operator: LinearOperator, b: Tree, *, x0: Tree | None = None, batched: bool = False
+        self,
+        operator: LinearOperator,
+        b: Tree,
+        *,
+        x0: Tree | None = None,
+        batched: bool = False,
+        prepared: Any = None,
     ) -> LinearSolution:
         """Solve ``A v = b``.
 
         Args:
             operator: A.
-            b: the right-hand side, shaped like the operator's domain; with ``batched=True`` its leaves carry a leading
-                axis of k right-hand sides.
+            b: the right-hand side, shaped like what the operator returns; with ``batched=True`` its leaves carry a
+                leading axis of k right-hand sides.
             x0: a starting point; zero by default. Direct solvers ignore it.
             batched: whether b holds k right-hand sides.
+            prepared: what :meth:`init` returned for this operator (or :meth:`transpose` of what it returned for the
+                transposed one), so that it is not computed again.
 
         Raises:
-            ValueError: if b or x0 does not have the structure, shapes and dtype of the operator's domain.
+            ValueError: if b or x0 does not have the structure, shapes and dtype that the operator asks for, or the
+                solver is not made for this kind of operator.
+
+        Warns:
+            ConvergenceWarning: if A is singular to working precision, so that v is one solution of many.
+
+        Example:
+            >>> import torch, implicit
+            >>> A = implicit.Dense(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), symmetric=False)
+            >>> solver = implicit.LU()
+            >>> factors = solver.init(A)
+            >>> solver.solve(A, torch.tensor([3.0, 1.0]), prepared=factors).value
+            tensor([1., 1.])
+            >>> solver.solve(A.T, torch.tensor([2.0, 2.0]), prepared=solver.transpose(factors)).value
+            tensor([1., 1.])
         """
-        rows = _rows(operator, b, batched, "b")
-        start = None if x0 is None else _rows(operator, x0, batched, "x0")
+        rows = _rows(operator.out, b, batched, "b")
+        start = None if x0 is None else _rows(operator.like, x0, batched, "x0")
         before = operator.products
         with torch.no_grad():
-            flat = self.solve_flat(operator, self.init(operator), rows.detach(), start)
+            ready = self.init(operator) if prepared is None else prepared
+            flat = self.solve_flat(operator, ready, rows.detach(), start)
+        if flat.singular and flat.status is Status.CONVERGED:
+            warnings.warn(f"{type(self).__name__}: {flat.message}", ConvergenceWarning, stacklevel=2)
         value = tree.unravel(flat.value if batched else flat.value[0], operator.like)
         worst = float(flat.residuals.max()) if len(flat.residuals) else 0.0
         return LinearSolution(
             value=value,
             residual=worst,
-            relative_residual=_relative(flat.residuals, flat.norms),
+            relative_residual=relative(flat.residuals, flat.norms),
             steps=flat.steps,
-            products=operator.products - before,
+            products=operator.products - before + flat.transposed_products,
             status=flat.status,
             indefinite=flat.indefinite,
             message=flat.message,
+            singular=flat.singular,
+            inertia=flat.inertia,
+            method=flat.method or type(self).__name__,
         )
 
 
-def _rows(operator: LinearOperator, value: Tree, batched: bool, name: str) -> Tensor:
+def _rows(like: Tree, value: Tree, batched: bool, name: str) -> Tensor:
     """``value`` as the rows of a ``(k, n)`` matrix."""
-    aligned = tree.map(lambda _, leaf: leaf, operator.like, value)
-    for own, leaf in zip(tree.leaves(operator.like), tree.leaves(aligned), strict=True):
+    aligned = tree.map(lambda _, leaf: leaf, like, value)
+    for own, leaf in zip(tree.leaves(like), tree.leaves(aligned), strict=True):
         shape = leaf.shape[1:] if batched and leaf.ndim else leaf.shape
         if shape != own.shape or leaf.dtype != own.dtype or (batched and not leaf.ndim):
-            expected = tree.describe(operator.like) + (", each with a leading axis" if batched else "")
+            expected = tree.describe(like) + (", each with a leading axis" if batched else "")
             raise ValueError(f"{name} is {tree.describe(aligned)}; the operator acts on {expected}")
     return tree.ravel_batch(aligned) if batched else tree.ravel(aligned)[None]
 
 
-def _relative(residuals: Tensor, norms: Tensor) -> float:
+def relative(residuals: Tensor, norms: Tensor) -> float:
+    """The largest residual relative to its right-hand side; as it is where that is zero."""
     if not len(residuals):
         return 0.0
     zero = norms == 0
     return float(torch.where(zero, residuals, residuals / torch.where(zero, 1.0, norms)).max())
+
+
+def power_of_two(b: Tensor) -> Tensor:
+    """The size of each row rounded to a power of two, shape (k, 1): dividing by it is exact."""
+    if not b.numel():
+        return b.new_ones(b.shape[0], 1)
+    largest = b.abs().amax(dim=1, keepdim=True)
+    usable = torch.isfinite(largest) & (largest > 0)
+    # The exponents at both ends of the range have no representable reciprocal.
+    end = math.floor(math.log2(torch.finfo(b.dtype).max))
+    return torch.exp2(torch.log2(torch.where(usable, largest, 1.0)).floor().clamp(2.0 - end, end - 1.0))
+
+
+def require_square(operator: LinearOperator, name: str) -> None:
+    """Refuse a rectangular operator."""
+    rows, columns = operator.shape
+    if rows != columns:
+        raise ValueError(f"{name} needs a square operator, got {rows} x {columns}; use LSMR or NormalCG")
+
+
+def require_symmetric(operator: LinearOperator, name: str, instead: str) -> None:
+    """Refuse an operator that is not declared symmetric."""
+    require_square(operator, name)
+    if not operator.symmetric:
+        raise ValueError(
+            f"{name} needs a symmetric operator, {type(operator).__name__} is not declared so; set symmetric=True if "
+            f"it is, or use {instead}"
+        )
 
 
 def default_rtol(dtype: torch.dtype) -> float:

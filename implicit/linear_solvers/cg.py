@@ -2,180 +2,127 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from implicit.linear_solvers.base import (
-    Apply,
-    FlatSolution,
-    LinearSolver,
-    Preconditioner,
-    check_tolerances,
-    default_rtol,
-)
+from implicit.linear_solvers.base import Apply, Preconditioner, require_symmetric
+from implicit.linear_solvers.krylov import KrylovSolver
+from implicit.linear_solvers.sweep import End, Recurrence, Sweep, System
 from implicit.operators import LinearOperator
-from implicit.status import Status
 
 
 @dataclass(frozen=True, kw_only=True)
-class CG(LinearSolver):
+class CG(KrylovSolver):
     """Preconditioned conjugate gradients, for any number of right-hand sides at once.
 
-    Stops when the true residual ``||b - A v||`` is at most ``max(atol, rtol ||b||)``. The recursively updated
-    residual drifts from the true one, so a claim of convergence is checked with one more product; if it fails, the
-    iteration restarts from the true residual. Converged right-hand sides are frozen. The status comes from the
-    measured residual alone: reaching it in the very last step is convergence.
-
-    An operator that is not positive definite is reported (``indefinite``, status LINEAR_SOLVE_FAILED) with the last
-    iterate before the offending direction. Right-hand sides are scaled to order one and back, so their size, down to
-    the smallest numbers, changes nothing.
+    One product per step, and one to check the residual. An operator that is not positive definite is reported
+    (``indefinite``, status LINEAR_SOLVE_FAILED) with the last iterate before the offending direction. On a singular
+    positive semidefinite operator and a b in its range, the answer from a zero start is that of minimum norm.
 
     Args:
-        rtol: relative tolerance; None means ``sqrt(eps)`` of the dtype.
-        atol: absolute tolerance; zero by default, so that scaling b changes nothing.
+        rtol: relative tolerance on the true residual; None means ``sqrt(eps)`` of the dtype.
+        atol: absolute tolerance on the true residual.
         max_steps: step limit; None means ``10 n`` (rounding can need more than n).
         preconditioner: builds an approximate inverse of A.
+
+    Example:
+        >>> import torch, implicit
+        >>> A = implicit.Dense(torch.tensor([[4.0, 1.0], [1.0, 3.0]]))
+        >>> found = implicit.CG().solve(A, torch.tensor([1.0, 2.0]))
+        >>> found.status.name, found.steps, found.products
+        ('CONVERGED', 2, 3)
     """
 
-    rtol: float | None = None
-    atol: float = 0.0
-    max_steps: int | None = None
     preconditioner: Preconditioner | None = None
 
-    def __post_init__(self) -> None:
-        check_tolerances(self.rtol, self.atol, self.max_steps)
+    monotone: ClassVar[bool] = False
 
     def init(self, operator: LinearOperator) -> Apply | None:
         """The preconditioner's action, or None."""
+        self.check(operator)
         return self.preconditioner.init(operator) if self.preconditioner is not None else None
 
-    def solve_flat(
-        self, operator: LinearOperator, prepared: Apply | None, b: Tensor, x0: Tensor | None
-    ) -> FlatSolution:
-        """Solve for the rows of ``b``, shape ``(k, n)``."""
-        rtol = default_rtol(b.dtype) if self.rtol is None else self.rtol
-        limit = 10 * max(operator.size, 1) if self.max_steps is None else self.max_steps
-        scale = _power_of_two(b)
-        b = b / scale
-        norms = torch.linalg.vector_norm(b, dim=1)
-        run = _Run(operator, prepared, b, scale, torch.clamp(rtol * norms, min=self.atol / scale[:, 0]))
-        if not bool(torch.isfinite(norms).all()):
-            run.x, run.r = torch.zeros_like(b), b
-            return run.finish(norms, Status.NONFINITE, "the right-hand side is not finite")
-        run.start(None if x0 is None else x0.detach() / scale)
-        last = torch.full_like(norms, torch.inf)
-        while True:
-            reason = run.iterate(limit)
-            true = run.refresh()
-            if reason == "nonfinite" or not bool(torch.isfinite(true).all()):
-                return run.finish(norms, Status.NONFINITE, "a product with the operator is not finite")
-            open_rows = true > run.targets
-            if not bool(open_rows.any()):
-                return run.finish(norms, Status.CONVERGED, f"true residual reached in {run.steps} steps")
-            if run.indefinite:
-                return run.finish(
-                    norms,
-                    Status.LINEAR_SOLVE_FAILED,
-                    f"the operator is not positive definite: p.Ap = {run.curvature:.3g} in step {run.steps}",
-                )
-            if reason == "limit":
-                return run.finish(norms, Status.STEP_LIMIT, f"true residual not reached in {limit} steps")
-            # Only rounding separates the recursion from the truth here; restart while that still helps.
-            if bool((open_rows & (true > 0.5 * last)).any()):
-                return run.finish(norms, Status.STALLED, "the true residual stopped falling: rounding level reached")
-            last = true
+    def check(self, operator: LinearOperator) -> None:
+        """Refuse operators that are not declared symmetric."""
+        require_symmetric(operator, "CG", "GMRES or LSMR")
+
+    def sweep(self, system: System, r: Tensor, goals: Tensor, limit: int) -> Sweep:
+        """Conjugate gradients from a zero start."""
+        return _single(system, r[0], goals, limit) if len(r) == 1 else _Rows(system, r, goals).run(limit)
 
 
-def _power_of_two(b: Tensor) -> Tensor:
-    """The size of each row rounded to a power of two, shape (k, 1): dividing by it is exact."""
-    if not b.numel():
-        return b.new_ones(b.shape[0], 1)
-    largest = b.abs().amax(dim=1, keepdim=True)
-    usable = torch.isfinite(largest) & (largest > 0)
-    # The exponents at both ends of the range have no representable reciprocal.
-    return torch.exp2(torch.log2(torch.where(usable, largest, 1.0)).floor().clamp(*_exponents(b.dtype)))
+class _Rows(Recurrence):
+    """The recurrence for several rows."""
+
+    def __init__(self, system: System, r: Tensor, goals: Tensor) -> None:
+        super().__init__(system, r, goals)
+        self.r = r.clone()
+        self.p = torch.zeros_like(r)
+        self.rz = torch.full_like(goals, torch.inf)
+
+    def advance(self) -> Tensor:
+        z = self.system.precondition(self.r)
+        rz = torch.linalg.vecdot(self.r, z)
+        self.p = torch.addcmul(z, (rz / self.rz)[:, None], self.p)
+        self.rz = rz
+        ap = self.system.apply(self.p)
+        curvature = torch.linalg.vecdot(self.p, ap)
+        # Below rounding of p.Ap the sign says nothing, and the step would be noise.
+        floor = self.eps * torch.linalg.vector_norm(self.p, dim=1) * torch.linalg.vector_norm(ap, dim=1)
+        bad = ~(curvature > floor)
+        alpha = torch.where(bad, 0.0, rz / curvature)[:, None]
+        self.x.addcmul_(alpha, self.p)
+        self.r.addcmul_(alpha, ap, value=-1.0)
+        self.curvature = torch.where(bad, curvature, self.curvature)
+        codes = self.reached(torch.linalg.vector_norm(self.r, dim=1))
+        codes.masked_fill_(bad, int(End.INDEFINITE))
+        codes.masked_fill_(~(rz > 0), int(End.PRECONDITIONER))
+        return codes.masked_fill_(~torch.isfinite(curvature), int(End.NONFINITE))
 
 
-def _exponents(dtype: torch.dtype) -> tuple[float, float]:
-    end = math.floor(math.log2(torch.finfo(dtype).max))
-    return 2.0 - end, end - 1.0
+def _single(system: System, start: Tensor, goals: Tensor, limit: int) -> Sweep:
+    """The recurrence for one row, in as few operations as it can be written, with one look from the host per step."""
+    r, x = start.clone(), torch.zeros_like(start)
+    goal = float(goals[0]) ** 2
+    root = float(torch.finfo(r.dtype).eps) ** 0.5
+    apply, preconditioned = system.operator.flat_mv, system.prepared is not None
+    rr = torch.dot(r, r)
+    rz, p = rr, r
+    largest, size, before = math.inf, 0.0, math.inf
+    curvature, end, steps = math.inf, End.LIMIT, 0
+    while steps < limit:
+        z = system.precondition(r[None])[0] if preconditioned else r
+        previous, rz = rz, torch.dot(r, z) if preconditioned else rr
+        p = torch.addcmul(z, p, rz / previous) if steps else z.clone()
+        ap = apply(p)
+        pap = torch.dot(p, ap)
+        alpha = rz / pap
+        r.addcmul_(ap, alpha, value=-1.0)
+        rr = torch.dot(r, r)
+        curved, inner, left = torch.stack((pap, rz, rr)).tolist()
+        if not inner > 0:
+            end = End.PRECONDITIONER if math.isfinite(inner) else End.NONFINITE
+            break
+        # Squared norm of p in the preconditioner's inverse: its directions are conjugate, so this is a recursion.
+        size = inner + (inner / before) ** 2 * size
+        before = inner
+        # The exact rounding floor of p.Ap costs two norms; it matters only where the Rayleigh quotient collapses.
+        if not curved > root * largest * size and not curved > _floor(p, ap):
+            end = End.INDEFINITE if math.isfinite(curved) else End.NONFINITE
+            curvature = curved
+            break
+        largest = max(curved / size, largest if steps else 0.0)
+        x.addcmul_(p, alpha)
+        steps += 1
+        if not left > goal:
+            end = End.TARGET
+            break
+    return Sweep(x[None], [end], steps, torch.zeros_like(goals), torch.full_like(goals, curvature))
 
 
-class _Run:
-    """The moving parts of one call, for rows of shape (k, n) divided by ``scale``."""
-
-    def __init__(
-        self, operator: LinearOperator, precondition: Apply | None, b: Tensor, scale: Tensor, targets: Tensor
-    ) -> None:
-        self.operator, self.precondition, self.b, self.scale, self.targets = operator, precondition, b, scale, targets
-        self.steps = 0
-        self.curvature = 0.0
-        self.indefinite = False
-
-    def _apply(self, rows: Tensor) -> Tensor:
-        return self.operator.flat_mv(rows[0])[None] if rows.shape[0] == 1 else self.operator.flat_mm(rows)
-
-    def start(self, x0: Tensor | None) -> None:
-        if x0 is None:
-            self.x, self.r = torch.zeros_like(self.b), self.b.clone()
-        else:
-            self.x = x0.detach().clone()
-            self.r = self.b - self._apply(self.x)
-            # A stale start can be worse than none; one that is not finite always is.
-            worse = ~(torch.linalg.vector_norm(self.r, dim=1) <= torch.linalg.vector_norm(self.b, dim=1))
-            self.x[worse], self.r[worse] = 0.0, self.b[worse]
-        self.fresh = True
-
-    def refresh(self) -> Tensor:
-        """Replace the recursive residual by the true one and return its norms, shape (k,)."""
-        if not self.fresh:
-            self.r = self.b - self._apply(self.x)
-            self.fresh = True
-        return torch.linalg.vector_norm(self.r, dim=1)
-
-    def iterate(self, limit: int) -> str:
-        r, x = self.r, self.x
-        tiny = torch.finfo(r.dtype).eps
-        size = torch.linalg.vector_norm(r, dim=1)
-        active = size > self.targets
-        # Beyond eps of its start the recursion is fiction: look at the true residual then, whatever was asked for.
-        targets = torch.maximum(self.targets, tiny * size)
-        if not bool(active.any()):
-            return "converged"
-        z = self.precondition(r) if self.precondition else r
-        p = z.clone()
-        rz = torch.linalg.vecdot(r, z)
-        while self.steps < limit:
-            ap = self._apply(p)
-            curvature = torch.linalg.vecdot(p, ap)
-            # Below rounding of p.Ap the sign says nothing, and the step would be noise.
-            floor = tiny * torch.linalg.vector_norm(p, dim=1) * torch.linalg.vector_norm(ap, dim=1)
-            bad = active & ~(curvature > floor)
-            if bool(bad.any()):
-                if not bool(torch.isfinite(curvature[bad]).all()):
-                    return "nonfinite"
-                self.curvature, self.indefinite = float(curvature[bad].min()), True
-                active = active & ~bad
-                if not bool(active.any()):
-                    return "indefinite"
-            alpha = torch.where(active, rz / torch.where(active, curvature, 1.0), 0.0)[:, None]
-            x.addcmul_(alpha, p)
-            r.addcmul_(alpha, ap, value=-1.0)
-            self.fresh = False
-            self.steps += 1
-            active = active & (torch.linalg.vector_norm(r, dim=1) > targets)
-            if not bool(active.any()):
-                return "indefinite" if self.indefinite else "converged"
-            z = self.precondition(r) if self.precondition else r
-            rz_next = torch.linalg.vecdot(r, z)
-            beta = torch.where(active, rz_next / torch.where(active, rz, 1.0), 0.0)[:, None]
-            p = torch.addcmul(z, beta, p)
-            rz = rz_next
-        return "limit"
-
-    def finish(self, norms: Tensor, status: Status, message: str) -> FlatSolution:
-        residuals, scale = torch.linalg.vector_norm(self.r, dim=1), self.scale[:, 0]
-        return FlatSolution(
-            self.x * self.scale, residuals * scale, norms * scale, self.steps, status, self.indefinite, message
-        )
+def _floor(p: Tensor, ap: Tensor) -> float:
+    """Below rounding of p.Ap its sign says nothing, and the step would be noise."""
+    norms = torch.linalg.vector_norm(p) * torch.linalg.vector_norm(ap)
+    return float(torch.finfo(p.dtype).eps) * float(norms)

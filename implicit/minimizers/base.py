@@ -162,9 +162,14 @@ class Minimizer(IterativeMethod[P], Generic[P]):
 
 def graph_objective(fn: Callable[[Tree, Tree], Tensor], x: Tree, like: Tree, name: str = "the objective") -> Objective:
     """``y -> fn(x, y)`` over ravelled y, with the :class:`GradientGraph` of each evaluation attached."""
+    return expanded_objective(lambda y: GradientGraph(fn, x, y, name), like)
+
+
+def expanded_objective(expand: Callable[[Tree], GradientGraph], like: Tree) -> Objective:
+    """The objective over ravelled y whose kept graph at y is ``expand(y)``."""
 
     def evaluate(flat: Tensor) -> Evaluation:
-        graph = GradientGraph(fn, x, tree.unravel(flat, like), name)
+        graph = expand(tree.unravel(flat, like))
         return Evaluation(float(graph.value), tree.ravel(graph.gradient), graph)
 
     return evaluate

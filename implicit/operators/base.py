@@ -68,7 +68,7 @@ class LinearOperator(ABC):
 
         Args:
             vectors: the k trees, stacked on a leading axis.
-            chunk: how many to take at a time; the operator's own choice by default. Memory grows with it.
+            chunk: how many to take at a time at most; the operator's own choice by default. Memory grows with it.
 
         Raises:
             ValueError: if the leaves are not stacked trees of the domain, or ``chunk`` is not positive.
@@ -76,7 +76,10 @@ class LinearOperator(ABC):
         found = self._lead(vectors)
         if found is None or len(found[1]) != 1:
             raise ValueError(f"mm takes k trees like {tree.describe(self.like)}, each with a leading axis of length k")
-        return tree.unravel(self.flat_mm(tree.ravel_batch(found[0]), chunk), self.out)
+        return self._tree_mm(found[0], _checked(chunk))
+
+    def _tree_mm(self, vectors: Tree, chunk: int | None) -> Tree:
+        return tree.unravel(self.flat_mm(tree.ravel_batch(vectors), chunk), self.out)
 
     def flat_mv(self, vector: Tensor) -> Tensor:
         """The product with a ravelled vector of shape ``(n,)``; shape ``(m,)``."""
@@ -89,16 +92,10 @@ class LinearOperator(ABC):
         Raises:
             ValueError: if ``chunk`` is not positive.
         """
-        if chunk is not None and not chunk >= 1:
-            raise ValueError(f"chunk must be None or at least 1, got {chunk}")
         if not len(rows):
             return rows.new_zeros(0, self.shape[0])
-        parts = [self._flat_block(part) for part in torch.split(rows, chunk or self._chunk(len(rows)))]
+        parts = [self._flat_block(part) for part in torch.split(rows, _checked(chunk) or len(rows))]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _chunk(self, k: int) -> int:
-        """How many of k vectors to take at a time where the caller does not say."""
-        return k
 
     def _flat_block(self, rows: Tensor) -> Tensor:
         return torch.stack([self.flat_mv(row) for row in rows])
@@ -132,8 +129,9 @@ class LinearOperator(ABC):
             )
         aligned, lead = found
         if lead:
-            return tree.unravel(self.flat_mm(tree.ravel_batch(aligned)), self.out)
-        return tree.unravel(self.flat_mv(tree.ravel(aligned)), self.out)
+            return self._tree_mm(aligned, None)
+        self.products += 1
+        return self.mv(aligned)
 
     def __add__(self, other: "LinearOperator") -> "LinearOperator":
         from implicit.operators.sums import Sum
@@ -167,7 +165,7 @@ class LinearOperator(ABC):
             return self
         raise TypeError(f"{type(self).__name__} has no transpose; declare it symmetric or use Dense")
 
-    def to_dense(self, chunk: int | None = 64) -> Tensor:
+    def to_dense(self, chunk: int | None = None) -> Tensor:
         """The ``(m, n)`` matrix, in the operator's dtype; needs n products and m n numbers."""
         identity = torch.eye(self.size, dtype=self.dtype, device=self.device)
         return self.flat_mm(identity, chunk).T
@@ -204,6 +202,12 @@ class LinearOperator(ABC):
 
     def _from_numpy(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.ascontiguousarray(values), dtype=self.dtype, device=self.device)
+
+
+def _checked(chunk: int | None) -> int | None:
+    if chunk is not None and not chunk >= 1:
+        raise ValueError(f"chunk must be None or at least 1, got {chunk}")
+    return chunk
 
 
 def _extra(own: Tensor, leaf: Any) -> tuple[int, ...] | None:

@@ -1,0 +1,164 @@
+"""What torch cannot differentiate twice, found on the graph of an objective before a product fails or is wrong.
+
+Some kernels have no second derivative, and another kernel for the same operation has one: the objective is evaluated
+again with that one. Some operations have a second derivative that is wrong, or is taken to be zero without a word;
+those are refused.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ATTENTION = {
+    "ScaledDotProductFlashAttentionForCpuBackward0",
+    "ScaledDotProductFlashAttentionBackward0",
+    "ScaledDotProductEfficientAttentionBackward0",
+    "ScaledDotProductCudnnAttentionBackward0",
+}
+CUDNN = {"CudnnRnnBackward0"}
+WRONG = {
+    # torch.autograd.gradgradcheck of torch._weight_norm(v, g, dim=0) fails in torch 2.13
+    "WeightNormInterfaceBackward0": "torch's fused weight norm has wrong second derivatives; write g * v / v.norm() "
+    "with elementary operations",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An objective evaluated for second derivatives.
+
+    Attributes:
+        value: what the objective returned, with its graph.
+        attention: whether attention had to be moved to the MATH kernel.
+        recurrent: whether cuDNN had to be turned off.
+        obstacle: why second derivatives would fail or be wrong, with the cure; None if nothing is known.
+    """
+
+    value: Tensor
+    attention: bool = False
+    recurrent: bool = False
+    obstacle: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about kernels that were exchanged."""
+        exact = "attention runs on the MATH kernel, the only one that can be differentiated twice"
+        plain = "cuDNN is off, whose recurrent layers cannot be differentiated twice"
+        return (exact,) * self.attention + (plain,) * self.recurrent
+
+    def kernels(self) -> ExitStack:
+        """A context in which the objective runs on the same kernels again."""
+        stack = ExitStack()
+        if self.attention:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if self.recurrent:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        return stack
+
+
+def evaluate(fn: Callable[[], Tensor]) -> Evaluation:
+    """``fn()`` with its graph, on kernels that can be differentiated twice.
+
+    The objective is evaluated a second time only where the first evaluation met a kernel that has a substitute.
+    """
+    with torch.enable_grad():
+        found = Evaluation(fn())
+        kinds = node_types(found.value.grad_fn)
+        names = {kind.__name__ for kind in kinds}
+        if names & (ATTENTION | CUDNN):
+            found = replace(found, attention=bool(names & ATTENTION), recurrent=bool(names & CUDNN))
+            with found.kernels():
+                found = replace(found, value=fn())
+            kinds = node_types(found.value.grad_fn)
+    return replace(found, obstacle=_obstacle(kinds))
+
+
+def node_types(*roots: Any) -> set[type]:
+    """The types of all nodes of the graph behind ``roots`` (``grad_fn`` of tensors; None is skipped)."""
+    found: set[type] = set()
+    for node in nodes(roots):
+        found.add(type(node))
+    return found
+
+
+def nodes(roots: Iterable[Any]) -> set[Any]:
+    """Every node of the graph behind ``roots``."""
+    stack = [root for root in roots if root is not None]
+    seen = set(stack)
+    while stack:
+        for following, _ in stack.pop().next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return seen
+
+
+def traffic(roots: Iterable[Any]) -> int:
+    """Bytes of the cotangents that flow through the graph behind ``roots`` in one backward pass."""
+    entries = (entry for node in nodes(roots) for entry in node._input_metadata)
+    return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries)
+
+
+def missing(roots: Iterable[Any]) -> str | None:
+    """A sentence if the graph of a gradient ends in an operation whose derivative torch does not have."""
+    for node in nodes(roots):
+        if node.name() in ("torch::autograd::NotImplemented", "torch::autograd::Error"):
+            return "an operation of the objective has no second derivative in torch"
+    return None
+
+
+def _obstacle(kinds: set[type]) -> str | None:
+    for kind in kinds:
+        name = kind.__name__
+        if name in WRONG:
+            return WRONG[name]
+        if name in ATTENTION:
+            return "the objective pins attention to a kernel without second derivatives; pin SDPBackend.MATH"
+        if name in CUDNN:
+            return "the objective turns cuDNN on for a recurrent layer; cuDNN cannot differentiate it twice"
+        if issubclass(kind, BackwardCFunction) and _differentiable_once(kind):
+            return (
+                f"{kind._forward_cls.__name__} is an autograd.Function marked once_differentiable; "  # type: ignore[attr-defined]
+                "write its backward with differentiable operations and drop the mark"
+            )
+    return None
+
+
+def _differentiable_once(kind: Any) -> bool:
+    # Where its cotangent needs no gradient such a Function looks linear, and its second derivative zero.
+    return getattr(kind._forward_cls.backward, "__code__", None) is _ONCE
+
+
+_ONCE = once_differentiable(lambda ctx: None).__code__
+
+
+REFUSALS = (
+    "is not implemented",
+    "once_differentiable",
+    "has not been implemented",
+    "Double backwards is not supported",
+)
+
+
+def explain(error: RuntimeError) -> str | None:
+    """A sentence with the cure for torch's refusal of a second-order product; None for other errors."""
+    text = str(error)
+    if "modified by an inplace operation" in text:
+        return (
+            "a tensor that the kept graph needs was changed in place after the operator was built. Build the operator "
+            "anew after every change of the point or the data; batch norm in training mode changes its buffers at "
+            f"every evaluation: use implicit.module_objective, which clones them ({text.splitlines()[0]})"
+        )
+    if any(refusal in text for refusal in REFUSALS):
+        return (
+            "the objective cannot be differentiated twice: "
+            f"{text.splitlines()[0]}; replace that operation, or use order='finite-difference'"
+        )
+    return None

@@ -1,0 +1,229 @@
+"""Jacobians of functions between trees, with both products."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from implicit import tree
+from implicit.operators.base import LinearOperator
+from implicit.tree import Tree
+
+Order = Literal["auto", "reverse", "forward", "linearize"]
+"""How ``J v`` is computed; see :class:`Jacobian`."""
+
+_REFUSALS = ("not implemented", "double backward", "twice differentiable")
+
+Products = Callable[[Tree, bool], Tree]
+
+
+class Jacobian(LinearOperator):
+    """The Jacobian J of ``fn`` at y, from trees shaped like y to trees shaped like ``fn(y)``; ``J.T`` is its transpose.
+
+    The function is evaluated once and its graph kept. ``J.T @ u`` is one backward pass over it, whatever the order.
+    ``J @ v`` is, by ``order``:
+
+    - ``"reverse"``: one backward pass over the backward pass. :math:`u \\mapsto J^T u` is linear, so its own pullback
+      at any u is J; that second graph is kept too. Costs about one gradient per product, needs every operation of fn
+      to be differentiable twice, and works where forward mode does not (LSTM and GRU on the CPU, packed sequences).
+    - ``"forward"``: forward mode, with fn evaluated again for every product, so fn must be a fixed function of y. Keeps
+      nothing, and needs no second derivative.
+    - ``"linearize"``: ``torch.func.linearize``: the cheapest product and the dearest start (some fifty gradients).
+    - ``"auto"`` (the default): reverse, and forward where an operation refuses to be differentiated twice.
+
+    The first product with J is preceded by one more product each way, which have to agree: torch passes over some
+    operations that it cannot differentiate twice, in silence. Blocks of vectors go through one batched pass. Attention
+    runs on its MATH kernel here: the fused kernels have no second derivative.
+
+    Args:
+        fn: maps a tree to a tree of floating point tensors, such as a model's outputs in its parameters.
+        y: where.
+        order: how products with J are computed.
+
+    Attributes:
+        value: ``fn(y)``, detached.
+        order: the order in use; "auto" until the first product with J decides.
+
+    Raises:
+        ValueError: if ``order`` is none of these, or the outputs have another dtype than y.
+        TypeError: if fn returns anything but floating point tensors.
+        RuntimeError: from the first product with J, if torch cannot compute it, with the cure.
+
+    Example:
+        >>> import torch, implicit
+        >>> J = implicit.Jacobian(lambda y: {"sum": y.sum(), "squares": y**2}, torch.tensor([1.0, 2.0, 3.0]))
+        >>> J @ torch.tensor([1.0, 0.0, 1.0])
+        {'sum': tensor(2.), 'squares': tensor([2., 0., 6.])}
+        >>> J.T @ {"sum": torch.tensor(1.0), "squares": torch.tensor([0.0, 1.0, 0.0])}
+        tensor([1., 5., 1.])
+    """
+
+    def __init__(self, fn: Callable[[Tree], Tree], y: Tree, *, order: Order = "auto") -> None:
+        if order not in get_args(Order):
+            raise ValueError(f"order must be one of {', '.join(get_args(Order))}, got {order!r}")
+        self._fn = fn
+        self.order: Order = order
+        self._y = tree.variables(y)
+        with torch.enable_grad(), _twice_differentiable():
+            self._outputs = _check_outputs(fn(self._y))
+        self.value = tree.detach(self._outputs)
+        self._range = tree.structure(self.value)
+        self._push: Products | None = None
+        super().__init__(self._y, self.value)
+
+    def mv(self, v: Tree) -> Tree:
+        return self._along(v, batched=False)
+
+    def _flat_block(self, rows: Tensor) -> Tensor:
+        if rows.shape[0] == 1:
+            return self.flat_mv(rows[0])[None]
+        self.products += rows.shape[0]
+        return tree.ravel_batch(self._along(tree.unravel(rows, self.like), batched=True))
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose, on the same graph."""
+        return _Transposed(self)
+
+    def pull(self, u: Tree, *, batched: bool = False) -> Tree:
+        """``J^T u``; with ``batched``, leaves carry a leading axis."""
+        return _pullback(self._outputs, self._y, u, batched)
+
+    def _along(self, v: Tree, *, batched: bool) -> Tree:
+        if self._push is None:
+            self._push, self.order = self._choose()
+        return self._push(v, batched)
+
+    def _choose(self) -> tuple[Products, Order]:
+        if self.order != "auto":
+            return self._tried(self.order), self.order
+        try:
+            return self._tried("reverse"), "reverse"
+        except RuntimeError as refused:
+            if not any(sign in str(refused).lower() for sign in _REFUSALS):
+                raise
+            try:
+                return self._tried("forward"), "forward"
+            except RuntimeError:
+                raise RuntimeError(f"J @ v failed: {_cure(refused)} ({refused})") from refused
+
+    def _tried(self, order: Order) -> Products:
+        """Products in this order, once they have agreed with the transpose: an operation that torch cannot
+        differentiate twice may contribute zero without a word."""
+        push = {"reverse": self._reverse, "forward": self._forward, "linearize": self._linearize}[order]()
+        generator = torch.Generator().manual_seed(0)
+        v, u = tree.randn_like(self.like, generator), tree.randn_like(self.out, generator)
+        pushed, pulled = push(v, False), self.pull(u)
+        gap = float(tree.dot(u, pushed) - tree.dot(pulled, v))
+        size = float(tree.norm(u) * tree.norm(pushed) + tree.norm(pulled) * tree.norm(v))
+        if abs(gap) > torch.finfo(self.dtype).eps ** 0.5 * size:
+            raise RuntimeError(
+                f"J @ v in {order} order disagrees with the transpose: a backward pass is not twice differentiable, or "
+                "fn returns something else every time"
+            )
+        return push
+
+    def _reverse(self) -> Products:
+        cotangents = tree.map(lambda leaf: torch.zeros_like(leaf).requires_grad_(), self.value)
+        with torch.enable_grad():
+            pulled = _pullback(self._outputs, self._y, cotangents, False, create_graph=True)
+        return lambda v, batched: _pullback(pulled, cotangents, v, batched)
+
+    def _forward(self) -> Products:
+        point = tree.detach(self._y)
+
+        def push(v: Tree) -> Tree:
+            with torch.no_grad(), _twice_differentiable():
+                return torch.func.jvp(self._fn, (point,), (v,))[1]
+
+        return lambda v, batched: torch.func.vmap(push)(v) if batched else push(v)
+
+    def _linearize(self) -> Products:
+        with warnings.catch_warnings(), _twice_differentiable():  # about its own graph
+            warnings.simplefilter("ignore")
+            _, push = torch.func.linearize(self._fn, tree.detach(self._y))
+            # Where fn works in place (recurrent layers), every call after the first is silently wrong (torch 2.13).
+            push(tree.zeros_like(self.like))
+
+        def products(v: Tree, batched: bool) -> Tree:
+            with torch.no_grad():
+                if not batched:
+                    return push(v)
+                rows = [tree.leaves(push(tree.map(lambda leaf, i=i: leaf[i], v))) for i in range(_lead(v))]
+                return tree.unflatten([torch.stack(group) for group in zip(*rows, strict=True)], self._range)
+
+        return products
+
+
+class _Transposed(LinearOperator):
+    """``J^T`` on the graph of J."""
+
+    def __init__(self, jacobian: Jacobian) -> None:
+        super().__init__(jacobian.out, jacobian.like)
+        self.jacobian = jacobian
+
+    def mv(self, v: Tree) -> Tree:
+        return self.jacobian.pull(v)
+
+    def _flat_block(self, rows: Tensor) -> Tensor:
+        if rows.shape[0] == 1:
+            return self.flat_mv(rows[0])[None]
+        self.products += rows.shape[0]
+        return tree.ravel_batch(self.jacobian.pull(tree.unravel(rows, self.like), batched=True))
+
+    @property
+    def T(self) -> LinearOperator:
+        return self.jacobian
+
+
+def _pullback(outputs: Tree, variables: Tree, u: Tree, batched: bool, *, create_graph: bool = False) -> Tree:
+    """``u`` pulled back from outputs to variables; zeros where nothing depends on a variable."""
+    values, spec = tree.flatten(outputs)
+    cotangents = tree.aligned_leaves(u, spec)
+    pairs = [(o, c) for o, c in zip(values, cotangents, strict=True) if o.requires_grad]
+    own, own_spec = tree.flatten(variables)
+    lead = tuple(cotangents[0].shape[:1]) if batched and cotangents else ()
+    found: Sequence[Tensor | None] = [None] * len(own)
+    if pairs and own:
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            own,
+            grad_outputs=[c for _, c in pairs],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+    given = {c.untyped_storage().data_ptr() for c in cotangents}
+    filled = [
+        # A product never shares the memory of its argument.
+        o.new_zeros((*lead, *o.shape)) if f is None else f.clone() if f.untyped_storage().data_ptr() in given else f
+        for f, o in zip(found, own, strict=True)
+    ]
+    return tree.unflatten(filled, own_spec)
+
+
+def _twice_differentiable() -> Any:
+    """Fused attention kernels refuse to be differentiated twice."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _check_outputs(outputs: Tree) -> Tree:
+    for path, leaf in zip(tree.paths(outputs), tree.leaves(outputs), strict=True):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(f"fn must return floating point tensors, got {found} at {path or 'its output'}")
+    return outputs
+
+
+def _cure(error: RuntimeError) -> str:
+    if "cudnn" in str(error).lower():
+        return "cuDNN's recurrent layers cannot; evaluate fn under torch.backends.cudnn.flags(enabled=False)"
+    return "an operation of fn can be differentiated neither twice nor in forward mode"
+
+
+def _lead(v: Tree) -> int:
+    return len(tree.leaves(v)[0])
