@@ -9,6 +9,7 @@ if getattr(_implicit, "ENGINE_OF", None) != "bilevel":
         "bilevel (or remove a local implicit.py)"
     )
 
+from bilevel import testing as testing
 from bilevel.algorithms import Algorithm as Algorithm
 from bilevel.algorithms import ImplicitGradient as ImplicitGradient
 from bilevel.algorithms import Penalty as Penalty
@@ -49,4 +50,5 @@ __all__ = [
     "from_modules",
     "load_checkpoint",
     "solve",
+    "testing",
 ]

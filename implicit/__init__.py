@@ -4,7 +4,9 @@ Objects here know nothing about bilevel problems: operators, linear solvers, min
 driver with its checkpoints that every method of the library runs on.
 """
 
+from implicit import cvx as cvx
 from implicit import optimality as optimality
+from implicit import testing as testing
 from implicit.checkpoint import SaveCheckpoint as SaveCheckpoint
 from implicit.checkpoint import load_checkpoint as load_checkpoint
 from implicit.checkpoint import save_checkpoint as save_checkpoint
@@ -54,6 +56,10 @@ from implicit.minimizers import Minimum as Minimum
 from implicit.minimizers import NewtonCG as NewtonCG
 from implicit.minimizers import SpectralProjectedGradient as SpectralProjectedGradient
 from implicit.minimizers import minimize as minimize
+from implicit.modules import ModuleObjective as ModuleObjective
+from implicit.modules import module_objective as module_objective
+from implicit.operators import Accumulated as Accumulated
+from implicit.operators import BlockHessian as BlockHessian
 from implicit.operators import Dense as Dense
 from implicit.operators import Diagonal as Diagonal
 from implicit.operators import Fisher as Fisher
@@ -107,19 +113,21 @@ __all__ = [
     "LU",
     "MINRES",
     "SGD",
+    "Accumulated",
     "Adagrad",
     "Adam",
     "AutoSolver",
     "BiCGSTAB",
+    "BlockHessian",
     "Cholesky",
     "ConvergenceWarning",
     "Dense",
     "Diagonal",
     "Estimator",
     "Factorization",
+    "FiniteDifference",
     "Fisher",
     "GaussNewton",
-    "FiniteDifference",
     "GradientDifference",
     "GradientGraph",
     "GradientRegularizedNewton",
@@ -130,8 +138,8 @@ __all__ = [
     "InnerOptimizer",
     "IterativeMethod",
     "Jacobi",
-    "KKTPoint",
     "Jacobian",
+    "KKTPoint",
     "Kept",
     "KeptHessian",
     "KeptState",
@@ -142,6 +150,7 @@ __all__ = [
     "Minimizer",
     "Minimum",
     "MixedDerivative",
+    "ModuleObjective",
     "Neumann",
     "NeumannSeries",
     "NewtonCG",
@@ -163,13 +172,14 @@ __all__ = [
     "State",
     "Status",
     "StepInfo",
-    "block_soft_threshold",
     "Sum",
     "UnrolledHypergradient",
+    "block_soft_threshold",
     "custom_argmin",
     "custom_fixed_point",
     "custom_kkt",
     "custom_root",
+    "cvx",
     "hutchinson_diagonal",
     "hvp",
     "hypergradient",
@@ -179,6 +189,7 @@ __all__ = [
     "load_checkpoint",
     "minimize",
     "mixed_vjp",
+    "module_objective",
     "optimality",
     "paired",
     "prox_elastic_net",
@@ -186,6 +197,7 @@ __all__ = [
     "prox_l1",
     "save_checkpoint",
     "soft_threshold",
+    "testing",
     "unroll",
     "unroll_map",
     "unrolled",

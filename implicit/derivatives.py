@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from implicit import tree
 from implicit.differentiability import evaluate, explain, missing, traffic
@@ -185,8 +186,18 @@ class GradientGraph:
 
 
 def vjp(fn: Callable[..., Any], *points: Any) -> tuple[Any, Callable[..., Any]]:
-    """Value and pullback of ``fn`` at ``points``, as ``torch.func.vjp``."""
-    found = torch.func.vjp(fn, *points)
+    """Value and pullback of ``fn`` at ``points``, as ``torch.func.vjp``; attention runs on the MATH kernel.
+
+    Raises:
+        ValueError: if ``torch.func`` refuses the function, with the cure where one is known.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # fn may be a gradient, and no other kernel can be differentiated twice
+            found = torch.func.vjp(fn, *points)
+    except RuntimeError as error:
+        if (reason := explain(error)) is None:
+            raise
+        raise ValueError(reason) from error
     return found[0], found[1]
 
 

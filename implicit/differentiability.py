@@ -147,18 +147,29 @@ REFUSALS = (
 )
 
 
+def first_line(error: Exception) -> str:
+    """What torch says before its advice and its stack, without the full stop."""
+    return str(error).split("\n")[0].rstrip(".")
+
+
 def explain(error: RuntimeError) -> str | None:
-    """A sentence with the cure for torch's refusal of a second-order product; None for other errors."""
+    """A clause with the cure for torch's refusal of a second-order product; None for other errors."""
     text = str(error)
+    first = first_line(error)
     if "modified by an inplace operation" in text:
         return (
-            "a tensor that the kept graph needs was changed in place after the operator was built. Build the operator "
-            "anew after every change of the point or the data; batch norm in training mode changes its buffers at "
-            f"every evaluation: use implicit.module_objective, which clones them ({text.splitlines()[0]})"
+            "a tensor that the kept graph needs was changed in place; build the operator anew after every change of "
+            f"the point, the data or the buffers ({first})"
         )
-    if any(refusal in text for refusal in REFUSALS):
+    if "mutate a captured Tensor" in text:
         return (
-            "the objective cannot be differentiated twice: "
-            f"{text.splitlines()[0]}; replace that operation, or use order='finite-difference'"
+            "it changes a tensor in place, as batch norm in training mode does with its buffers; for an nn.Module use "
+            "implicit.module_objective, which clones them"
         )
+    if "ZeroTensors" in text:
+        return "torch has no forward mode for the backward pass of F.mse_loss; write ((a - b) ** 2).mean()"
+    if "doesn't have storage" in text:
+        return "torch.func cannot transform packed sequences; use implicit.Hessian with order='reverse-over-reverse'"
+    if any(refusal in text for refusal in REFUSALS):
+        return f"torch cannot differentiate an operation of the objective twice: {first}"
     return None

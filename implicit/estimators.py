@@ -155,7 +155,8 @@ class NeumannSeries(Estimator):
         step: s; None measures ``1 / L`` with L the ceiling of a 20-step Lanczos run (20 more products).
         rtol: the relative residual that counts as solved; None means ``sqrt(eps)`` of the dtype.
 
-    A given starting adjoint is refined: the series then sums what it leaves over.
+    A given starting adjoint is refined: the series then sums what it leaves over. For a series that runs until a
+    tolerance is met there is ``LinearSolve(linear_solver=Neumann())``.
     """
 
     terms: int

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from implicit import tree
-from implicit.linear_solvers import FlatSolution, LinearSolver
-from implicit.linear_solvers.base import default_rtol
-from implicit.operators import LinearOperator
+from implicit.linear_solvers import LU, FlatSolution, LinearSolver
+from implicit.operators import Dense, LinearOperator
 from implicit.optimality import KKTPoint, Objective, kkt, stationary
 from implicit.pullback import pullback
 from implicit.root_checks import check_tolerance
 from implicit.root_functions import solve_implicitly
 from implicit.root_system import Problem, Solver
-from implicit.status import ConvergenceWarning, Status
+from implicit.status import ConvergenceWarning
 from implicit.tree import Tree
 
 Constraint = Callable[..., Tree]
@@ -44,7 +43,8 @@ def custom_kkt(
         equality: h(y, *theta), any tree of tensors, or None.
         inequality: c(y, *theta), any tree of tensors, or None.
         linear_solver: for the KKT systems, which are indefinite and, with inequalities, not symmetric. The default is
-            dense: LU, and where the system is singular the least-squares solution of smallest norm, with a warning.
+            dense: LU after scaling rows and columns, and where the system is singular the least-squares solution of
+            smallest norm, with a warning.
         residual_tolerance: see :func:`implicit.custom_root`; measured on y alone.
         active_tolerance: an inequality counts as active where its distance ``|c_i| / ||grad c_i||`` from y, relative
             to the norm of y, is at most this, and its force ``multiplier * ||grad c_i||`` as zero where it is at most
@@ -83,7 +83,7 @@ def custom_kkt(
         problem = Problem(
             residual=kkt(objective, equality, inequality),
             solver=lambda start, *theta: program.complete(solver(start.y, *theta), start, theta),
-            linear_solver=linear_solver if linear_solver is not None else _LeastSquares(),
+            linear_solver=linear_solver if linear_solver is not None else EquilibratedLU(),
             residual_tolerance=residual_tolerance,
             examine=program.examine,
         )
@@ -273,66 +273,43 @@ def _warn(what: str, which: str, consequence: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Factors:
-    matrix: Tensor  # equilibrated
+class _Scaled:
     left: Tensor  # factors of the rows
     right: Tensor  # factors of the columns
-    inverse: Tensor  # or the pseudo-inverse
-    singular: bool
+    matrix: Dense  # with those factors
+    factors: Any  # of that
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LeastSquares(LinearSolver):
-    """Dense inverse; where the matrix is singular the least-squares solution of smallest norm, with a warning.
+class EquilibratedLU(LinearSolver):
+    """Dense LU of a matrix whose rows and columns have been brought to size one.
 
-    The matrix is equilibrated, and norms and residuals are those of the equilibrated system: the units of variables
-    and constraints do not matter.
+    A singular system is solved by least squares, with a warning. Norms and residuals are those of the scaled system:
+    the units of variables and constraints, and the sizes of multipliers, do not matter.
     """
 
-    def init(self, operator: LinearOperator) -> _Factors:
-        """The equilibrated matrix and its (pseudo-)inverse."""
+    def init(self, operator: LinearOperator) -> _Scaled:
+        """The factors."""
         matrix = operator.to_dense()
         left, right = _equilibrate(matrix)
-        scaled = left[:, None] * matrix * right
-        if not bool(torch.isfinite(scaled).all()):
-            return _Factors(scaled, left, right, scaled, True)
-        inverse, info = torch.linalg.inv_ex(scaled)
-        small = 10 * len(matrix) * float(torch.finfo(matrix.dtype).eps)
-        condition = torch.linalg.matrix_norm(scaled, 1) * torch.linalg.matrix_norm(inverse, 1)
-        singular = int(info) != 0 or not bool(condition * small < 1)
-        if singular:
-            inverse = torch.linalg.pinv(scaled, rtol=small)
-        return _Factors(scaled, left, right, inverse, singular)
+        scaled = Dense(left[:, None] * matrix * right, symmetric=False)
+        return _Scaled(left, right, scaled, LU().init(scaled))
 
-    def solve_flat(self, operator: LinearOperator, prepared: _Factors, b: Tensor, x0: Tensor | None) -> FlatSolution:
+    def transpose(self, prepared: _Scaled) -> _Scaled:
+        """The same factors, used for the transpose."""
+        turned = Dense(prepared.matrix.matrix.T, symmetric=False)
+        return _Scaled(prepared.right, prepared.left, turned, LU().transpose(prepared.factors))
+
+    def solve_flat(self, operator: LinearOperator, prepared: _Scaled, b: Tensor, x0: Tensor | None) -> FlatSolution:
         """Solve for the rows of ``b``, shape ``(k, n)``."""
-        matrix, inverse = prepared.matrix, prepared.inverse
-        b = b * prepared.left
-        norms = torch.linalg.vector_norm(b, dim=1)
-        if not bool(torch.isfinite(matrix).all() & torch.isfinite(b).all()):
-            message = "the KKT matrix or the right-hand side is not finite"
-            return FlatSolution(torch.zeros_like(b), norms, norms, 0, Status.NONFINITE, False, message)
-        x = b @ inverse.T
-        x = x + (b - x @ matrix.T) @ inverse.T
-        residuals = torch.linalg.vector_norm(b - x @ matrix.T, dim=1)
-        solved = bool((residuals <= default_rtol(b.dtype) * norms).all())
-        if prepared.singular and solved:
-            warnings.warn(
-                "the KKT system is singular (the gradients of the active constraints are dependent, or strict "
-                "complementarity fails); its solution of smallest norm is used",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
-        message = "factorised" if solved else "the KKT system is singular; this is its least-squares solution"
-        status = Status.CONVERGED if solved else Status.STALLED
-        return FlatSolution(x * prepared.right, residuals, norms, 1, status, False, message)
+        found = LU().solve_flat(prepared.matrix, prepared.factors, b * prepared.left, None)
+        return replace(found, value=found.value * prepared.right)
 
 
 def _equilibrate(matrix: Tensor, sweeps: int = 5) -> tuple[Tensor, Tensor]:
     """Factors of rows and columns that bring the largest entry of each close to one (Ruiz 2001).
 
-    The units of variables and constraints, and the sizes of multipliers, say nothing about singularity. Exchanging
-    rows and columns exchanges the factors, so that the transposed system is treated alike.
+    Exchanging rows and columns exchanges the factors, so that the transposed system is treated alike.
     """
     left, right = torch.ones_like(matrix[:, 0]), torch.ones_like(matrix[0])
     for _ in range(sweeps):

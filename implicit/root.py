@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from implicit.linear_solvers import CG, LU, LinearSolver
+from implicit.linear_solvers import CG, AutoSolver, LinearSolver
 from implicit.optimality import fixed_point, stationary
 from implicit.root_checks import check_tolerance
 from implicit.root_functions import solve_implicitly
@@ -31,8 +31,9 @@ def custom_root(
 
     Args:
         residual: F(y, *theta), with the structure and shapes of y.
-        linear_solver: for systems with the derivative of F in y; the dense ``LU()`` by default, which needs no
-            symmetry. ``CG()`` is right only where that derivative is symmetric positive definite.
+        linear_solver: for systems with the derivative of F in y; ``AutoSolver()`` by default: LU for small systems,
+            GMRES for large ones, LDL^T and MINRES for symmetric ones. ``CG()`` is right only where that derivative is
+            symmetric positive definite.
         symmetric: whether the derivative of F in y is symmetric.
         residual_tolerance: the largest Newton correction of y, relative to the norm of y, that passes without a
             warning: the derivative is wrong by about that much. Where y is close to zero the correction may also be
@@ -74,7 +75,7 @@ def custom_root(
         problem = Problem(
             residual=residual,
             solver=solver,
-            linear_solver=linear_solver if linear_solver is not None else LU(),
+            linear_solver=linear_solver if linear_solver is not None else AutoSolver(),
             symmetric=symmetric,
             residual_tolerance=residual_tolerance,
             batched_solver=batched_solver,
@@ -97,8 +98,8 @@ def custom_fixed_point(
 
     Args:
         iteration: T(y, *theta), with the structure and shapes of y.
-        linear_solver: for systems with the derivative of T minus the identity, which need not be symmetric; the dense
-            ``LU()`` by default.
+        linear_solver: for systems with the derivative of T minus the identity, which need not be symmetric;
+            ``AutoSolver()`` by default.
         residual_tolerance: see :func:`custom_root`.
         batched_solver: see :func:`custom_root`.
 
@@ -155,10 +156,18 @@ def custom_argmin(
         >>> torch.func.jacrev(lambda x: shrink(torch.zeros(2), x))(torch.ones(2)).diagonal()
         tensor([0.5000, 0.5000])
     """
-    return custom_root(
-        stationary(objective),
-        linear_solver=linear_solver if linear_solver is not None else CG(),
-        symmetric=True,
-        residual_tolerance=residual_tolerance,
-        batched_solver=batched_solver,
-    )
+    check_tolerance(residual_tolerance)
+
+    def decorate(solver: Solver) -> Solver:
+        problem = Problem(
+            residual=stationary(objective),
+            objective=objective,
+            solver=solver,
+            linear_solver=linear_solver if linear_solver is not None else CG(),
+            symmetric=True,
+            residual_tolerance=residual_tolerance,
+            batched_solver=batched_solver,
+        )
+        return lambda init, *theta: solve_implicitly(problem, init, theta)
+
+    return decorate

@@ -66,16 +66,16 @@ def check_solved(setup: Setup, system: System, amplification: float) -> None:
     tolerance = setup.problem.residual_tolerance
     if tolerance is None:
         return
-    residual, size = float(tree.norm(system.residual)), float(tree.norm(system.like[: setup.primal]))
+    residual, size = float(tree.norm(system.residual)), system.size
     if residual == 0.0:
         return
     # Close to zero y is no measure of its own error; how far the solver came is.
-    limit = tolerance * max(size, tolerance * float(system.theta[-1]))
-    pulled = float(tree.norm((system if system.transposed else system.T).mv(system.residual)))
+    limit = tolerance * max(size, tolerance * system.travel)
+    pulled = float(tree.norm(system.matrix_transposed @ system.residual))
     bound = residual * (residual / pulled) if pulled else float("inf")
     if max(bound, residual * amplification) <= limit:
         return
-    correction = setup.problem.linear_solver.solve(system.T if system.transposed else system, system.residual)
+    correction = setup.problem.linear_solver.solve(system.matrix, system.residual)
     length = float("inf") if correction.status.is_failure else float(tree.norm(correction.value[: setup.primal]))
     if not length <= limit:  # NaN warns too
         warnings.warn(

@@ -30,7 +30,7 @@ from implicit.root_checks import (
     refuse_nested_forward,
     refuse_transformed_captures,
 )
-from implicit.root_system import Problem, Setup, System
+from implicit.root_system import Problem, Setup, System, assemble
 from implicit.transforms import is_dual, transforms_active, vmapped
 from implicit.tree import Tree
 
@@ -74,8 +74,9 @@ def _solve(task: _Task, system: System, b: Leaves) -> Leaves:
     """One linear system on plain tensors, looked at before it is believed."""
     lead = b[0].shape[: task.lead]
     rows = tuple(leaf.reshape((-1, *leaf.shape[task.lead :])) for leaf in b) if task.lead else b
-    found = task.setup.problem.linear_solver.solve(system, rows, batched=task.lead > 0)
-    check_linear(found, system.dtype)
+    operator = system.operator(transposed=task.transposed)
+    found = task.setup.problem.linear_solver.solve(operator, rows, batched=task.lead > 0)
+    check_linear(found, operator.dtype)
     if task.check:
         check_solved(task.setup, system, _amplification(rows, found.value, task.lead > 0))
     return tuple(leaf.reshape((*lead, *leaf.shape[1:])) for leaf in found.value) if task.lead else found.value
@@ -90,8 +91,8 @@ def _amplification(b: Leaves, u: Leaves, batched: bool) -> float:
 
 
 def _system(task: _Task, y: Leaves, theta: Leaves, wanted: Sequence[int] = ()) -> System:
-    system = System(task.setup, y, theta, transposed=task.transposed, wanted=wanted)
-    refuse_captured(system.outputs, (*system.y, *system.theta))
+    system = assemble(task.setup, y, theta, wanted)
+    refuse_captured(system.outputs, system.leaves)
     check_residual(system)
     if task.check and task.setup.problem.examine is not None:
         with torch.no_grad():
@@ -316,6 +317,8 @@ def solve_implicitly(problem: Problem, init: Tree, theta: tuple[Any, ...], *, pr
     values, theta_spec = tree.flatten(theta)
     slots = tuple(i for i, v in enumerate(values) if isinstance(v, Tensor))
     tensors = [values[i] for i in slots]
+    if any(t.is_complex() for t in tensors):
+        raise TypeError("complex arguments have no implicit derivatives here; pass torch.view_as_real of them")
     setup = Setup(
         problem=problem,
         start_spec=start_spec,

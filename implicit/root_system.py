@@ -1,16 +1,17 @@
 """The linear system of an implicit derivative: the residual at a solution, and its derivative as an operator."""
 
-import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicit import tree
+from implicit.derivatives import GradientGraph, ScalarFunction
 from implicit.linear_solvers import LinearSolver
-from implicit.operators import LinearOperator
+from implicit.operators import Hessian, LinearOperator
 from implicit.pullback import Leaves, gradients
 from implicit.tree import Structure, Tree
 
@@ -26,6 +27,7 @@ class Problem:
     solver: Solver
     linear_solver: LinearSolver
     symmetric: bool = False
+    objective: ScalarFunction | None = None  # whose gradient in y is the residual
     residual_tolerance: float | None = 1e-2
     batched_solver: Solver | None = None
     examine: Callable[..., None] | None = None  # looks at (y, *theta) before they are differentiated
@@ -99,61 +101,141 @@ class Setup:
         return at
 
 
-class System(LinearOperator):
-    """``A^T``, or ``A``, at a point: one evaluation of F, kept as an eager graph, answers every product.
-
-    The last of ``theta`` is no argument of F but the distance from the solver's start to y.
+class System(ABC):
+    """The linear systems at a point: F evaluated once, its graph kept for every product.
 
     Attributes:
+        matrix: A, the derivative of F in y.
+        matrix_transposed: its transpose, on the same graph.
         residual: F(y, theta), detached.
-        wanted: which tensors of theta :meth:`pull_theta` differentiates in.
+        size: the norm of the primal part of y.
+        travel: the distance from the solver's start to y, the last entry of theta.
+        outputs: what F returned, with its graph.
+        leaves: the tensors that this graph may end in.
     """
 
-    def __init__(self, setup: Setup, y: Leaves, theta: Leaves, *, transposed: bool, wanted: Sequence[int] = ()) -> None:
-        super().__init__(y)
-        self.symmetric = self.positive_definite = setup.problem.symmetric
-        self.transposed = transposed
-        self.wanted = tuple(wanted)
-        self.y = tuple(leaf.detach().requires_grad_() for leaf in y)
-        self.theta = tuple(leaf.detach().requires_grad_(index in wanted) for index, leaf in enumerate(theta))
+    matrix: LinearOperator
+    matrix_transposed: LinearOperator
+    residual: Leaves
+    outputs: Leaves
+    leaves: Leaves
+
+    def __init__(self, setup: Setup, y: Leaves, theta: Leaves) -> None:
+        self.size = float(tree.norm(y[: setup.primal]))
+        self.travel = float(theta[-1])
+
+    def operator(self, *, transposed: bool) -> LinearOperator:
+        """The transpose of A, or A."""
+        return self.matrix_transposed if transposed else self.matrix
+
+    @abstractmethod
+    def pull_theta(self, u: Leaves) -> Leaves:
+        """``B^T u`` for the wanted tensors of theta, B the derivative of F in them."""
+
+
+class RootSystem(System):
+    """For a residual function."""
+
+    def __init__(self, setup: Setup, y: Leaves, theta: Leaves, wanted: Sequence[int]) -> None:
+        super().__init__(setup, y, theta)
+        own = tuple(leaf.detach().requires_grad_() for leaf in y)
+        held = tuple(leaf.detach().requires_grad_(index in wanted) for index, leaf in enumerate(theta))
+        self._theta = [held[index] for index in wanted]
         with torch.enable_grad():
-            self.outputs = setup.evaluate(self.y, self.theta)
+            self.outputs = setup.evaluate(own, held)
         self.residual = tuple(leaf.detach() for leaf in self.outputs)
-        self._push: tuple[Leaves, Leaves] | None = None
+        self.leaves = (*own, *held)
+        self.matrix_transposed = _Pullback(self.outputs, own)
+        self.matrix = self.matrix_transposed
+        if setup.problem.symmetric:
+            self.matrix.symmetric = True
+        else:
+            self.matrix = _Pushforward(self.matrix_transposed)
 
-    @property
-    def T(self) -> Self:
-        """The transpose, on the same graph."""
-        if self.symmetric:
-            return self
-        other = copy.copy(self)
-        other.transposed = not self.transposed
-        return other
+    def pull_theta(self, u: Leaves) -> Leaves:
+        return gradients(self.outputs, self._theta, u)
 
-    def _graph(self) -> tuple[Leaves, Leaves]:
-        """Outputs and inputs whose vector-Jacobian product is this operator."""
-        if self.transposed or self.symmetric:
-            return self.outputs, self.y
-        if self._push is None:
-            # A w is the transpose of v -> A^T v, which is linear in v: its graph serves every product too.
-            start = tuple(torch.zeros_like(leaf).requires_grad_() for leaf in self.y)
-            self._push = gradients(self.outputs, self.y, start, create_graph=True), start
-        return self._push
+
+class GradientSystem(System):
+    """For an objective whose gradient in y is F: A is its Hessian."""
+
+    def __init__(
+        self, setup: Setup, objective: ScalarFunction, y: Leaves, theta: Leaves, wanted: Sequence[int]
+    ) -> None:
+        super().__init__(setup, y, theta)
+        fixed = [leaf.detach() for leaf in theta]
+
+        def value(moving: Leaves, q: Leaves) -> Tensor:
+            held = list(fixed)
+            for index, leaf in zip(wanted, moving, strict=True):
+                held[index] = leaf
+            return objective(tree.unflatten(q, setup.start_spec), *setup.theta(held))
+
+        self._graph = GradientGraph(value, tuple(theta[index] for index in wanted), tuple(y), "the objective")
+        self.outputs = self._graph._gradient
+        self.residual = self._graph.gradient
+        self.leaves = (*self._graph.x, *self._graph.y)
+        self.matrix = self.matrix_transposed = Hessian.of(self._graph)
+
+    def pull_theta(self, u: Leaves) -> Leaves:
+        return self._graph.mixed_vjp(u)
+
+
+def assemble(setup: Setup, y: Leaves, theta: Leaves, wanted: Sequence[int] = ()) -> System:
+    """The systems at a point, for derivatives in the wanted tensors of theta."""
+    objective = setup.problem.objective
+    if objective is None:
+        return RootSystem(setup, y, theta, wanted)
+    return GradientSystem(setup, objective, y, theta, wanted)
+
+
+class _Pullback(LinearOperator):
+    """``A^T``, by backward passes over a kept graph."""
+
+    def __init__(self, outputs: Leaves, inputs: Leaves) -> None:
+        super().__init__(inputs)
+        self.outputs, self.inputs = outputs, inputs
 
     def mv(self, v: Tree) -> Tree:
-        return gradients(*self._graph(), v)
+        return gradients(self.outputs, self.inputs, v)
 
     def _flat_block(self, rows: Tensor) -> Tensor:
         if rows.shape[0] == 1:
             return self.flat_mv(rows[0])[None]
         self.products += rows.shape[0]
-        outputs, inputs = self._graph()
 
         def product(*v: Tensor) -> Leaves:
-            return gradients(outputs, inputs, v)
+            return gradients(self.outputs, self.inputs, v)
 
         return tree.ravel_batch(torch.func.vmap(product)(*tree.unravel(rows, self.like)))
 
-    def pull_theta(self, u: Leaves) -> Leaves:
-        """``B^T u`` for the wanted tensors of theta."""
-        return gradients(self.outputs, [self.theta[index] for index in self.wanted], u)
+    @property
+    def T(self) -> LinearOperator:
+        return self if self.symmetric else _Pushforward(self)
+
+
+class _Pushforward(LinearOperator):
+    """``A``: ``v -> A^T v`` is linear, so its own pullback at any v is A; that second graph is kept too."""
+
+    def __init__(self, transposed: _Pullback) -> None:
+        super().__init__(transposed.like)
+        self._transposed = transposed
+        self._graph: _Pullback | None = None
+
+    def _pullback(self) -> _Pullback:
+        if self._graph is None:
+            start = tuple(torch.zeros_like(leaf).requires_grad_() for leaf in self.like)
+            forward = self._transposed
+            self._graph = _Pullback(gradients(forward.outputs, forward.inputs, start, create_graph=True), start)
+        return self._graph
+
+    def mv(self, v: Tree) -> Tree:
+        return self._pullback().mv(v)
+
+    def _flat_block(self, rows: Tensor) -> Tensor:
+        self.products += rows.shape[0]
+        return self._pullback().flat_mm(rows)
+
+    @property
+    def T(self) -> LinearOperator:
+        return self._transposed

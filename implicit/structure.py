@@ -7,6 +7,7 @@ Cholesky factorization per x preconditions every system there (:class:`KeptHessi
 residuals are measured on the objective itself.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,12 +101,12 @@ class FormGraph(GradientGraph):
         self.value = self.rest.value + torch.dot(flat, torch.add(form.vector, product, alpha=0.5)) + form.constant
         self.gradient = tree.add(tree.unravel(product + form.vector, self.rest.gradient), self.rest.gradient)
 
-    @property
+    @functools.cached_property
     def obstacle(self) -> str | None:
         """What keeps the regularizer from being differentiated twice."""
         return self.rest.obstacle
 
-    @property
+    @functools.cached_property
     def traffic(self) -> int:
         """Bytes of the cotangents that flow in one product."""
         return self.rest.traffic + self.form.vector.numel() * self.form.vector.element_size()

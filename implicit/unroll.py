@@ -107,12 +107,11 @@ class _Segment:
     y_spec: Structure
     times: range
 
-    def run(self, tensors: Sequence[Any], *, detach: bool) -> list[Tensor]:
+    def run(self, tensors: Sequence[Any]) -> list[Tensor]:
         x = tree.unflatten(tensors[: self.x_count], self.x_spec)
         y = tree.unflatten(tensors[self.x_count :], self.y_spec)
         for t in self.times:
             y = self.step(x, y, t)
-            y = tree.detach(y) if detach else y
         return tree.aligned_leaves(y, self.y_spec)
 
 
@@ -124,9 +123,7 @@ class _Checkpointed(torch.autograd.Function):
         ctx.segment = segment
         ctx.save_for_backward(*tensors)
         with torch.enable_grad():  # the step takes gradients
-            found = segment.run([t.detach() for t in tensors], detach=True)
-        # An output that is an input as it stands would be taken for a view of it.
-        return tuple(leaf.clone() for leaf in found)
+            return tuple(segment.run([t.detach() for t in tensors]))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
@@ -137,7 +134,7 @@ class _Checkpointed(torch.autograd.Function):
                 (t.view_as(t) if again else t.detach().requires_grad_()) if need else t.detach()
                 for t, need in zip(ctx.saved_tensors, wanted, strict=True)
             ]
-            outputs = ctx.segment.run(inputs, detach=False)
+            outputs = ctx.segment.run(inputs)
             pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
             own = [t for t, need in zip(inputs, wanted, strict=True) if need]
             found = iter(

@@ -9,8 +9,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev
 
 import implicit
-from implicit import GradientDifference, GradientGraph, tree
+from implicit import GradientDifference, GradientGraph, Hessian, tree
 from implicit.tree import Tree
+from tests.architectures import architecture
 from tests.dense import SETTINGS, Flat, Objective, Setting, normal, relative, setting_of, swapped
 
 
@@ -95,6 +96,32 @@ def test_functional_products_can_be_differentiated() -> None:
     inputs = tuple(leaf.clone().requires_grad_() for leaf in leaves)
     assert gradcheck(joined, inputs, fast_mode=True)
     assert gradgradcheck(joined, inputs, fast_mode=True, gen_non_contig_grad_outputs=True)
+
+
+def test_functional_products_of_attention() -> None:
+    """The CPU's flash attention has no second derivative; the products run on the MATH kernel, and so do theirs."""
+    net = architecture("attention, default")
+    expected, at, x = net.dense_hessian(), net.parameters, torch.tensor(1.5)
+    v = net.unravel(normal(33, len(net.point)))
+    close(implicit.hvp(net.objective, at, v), expected @ tree.ravel(v), at)
+    mixed, curved = implicit.joint_product(lambda p, q: p * net.objective(q), x, at, v)
+    close(curved, 1.5 * expected @ tree.ravel(v), at)
+    slope = torch.func.grad(lambda q: net.loss(net.reference(net.unravel(q)), net.targets))(net.point)
+    assert float(mixed) == pytest.approx(float(slope @ tree.ravel(v)), rel=1e-10)
+    third = torch.func.grad(lambda q: tree.dot(implicit.hvp(net.objective, q, v), v))(at)
+    steps = [net.unravel(net.point + s * 1e-5 * tree.ravel(v)) for s in (1, -1)]
+    ahead, behind = (float(tree.dot(implicit.hvp(net.objective, q, v), v)) for q in steps)
+    assert float(tree.dot(third, v)) == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
+
+
+def test_functional_products_of_packed_sequences_are_refused_with_the_cure() -> None:
+    net = architecture("packed lstm")
+    with pytest.raises(ValueError, match=r"packed sequences; use implicit\.Hessian with order='reverse-over-reverse'"):
+        implicit.hvp(net.objective, net.parameters, net.parameters)
+    with pytest.raises(ValueError, match="packed sequences"):
+        _ = Hessian(net.objective, net.parameters, order="forward-over-reverse") @ net.parameters
+    with pytest.raises(RuntimeError, match="shape"):  # other errors are left alone
+        implicit.hvp(lambda y: (y @ y.reshape(3, 1)).sum(), torch.ones(2), torch.ones(2))
 
 
 Y = {"in": normal(28, 2), "linear": normal(29, 1), "out": normal(30, 2, 2)}

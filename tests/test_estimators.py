@@ -4,8 +4,10 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import sklearn.datasets
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import implicit
 from implicit import CG, Cholesky, ConvergenceWarning, FiniteDifference, LinearSolve, NeumannSeries, OneStep, tree
@@ -99,6 +101,28 @@ def test_a_series_that_grows_is_a_failed_solve(setting: Setting) -> None:
     assert "longer than 2 / L" in found.linear.message
     found = quiet(setting, estimator=NeumannSeries(terms=5_000, step=5 * step), accuracy=False)
     assert found.linear.status is Status.NONFINITE
+
+
+@pytest.mark.parametrize(("step", "failed"), [(1.9, False), (2.1, True)])
+def test_growth_is_noticed_at_its_first_sign(step: float, failed: bool) -> None:
+    """On g = (y - x)^2 / 2 the residual of k terms is (1 - step)^k."""
+    one = torch.tensor(1.0)
+    for estimator in (NeumannSeries(terms=1, step=step), NeumannSeries(terms=3, step=step), OneStep(step=step)):
+        found = implicit.hypergradient(
+            lambda x, y: y, lambda x, y: 0.5 * (y - x) ** 2, one, one, estimator=estimator, accuracy=False
+        )
+        assert found.linear.status is (Status.LINEAR_SOLVE_FAILED if failed else Status.STEP_LIMIT)
+        assert found.linear.residual == pytest.approx(abs(1 - step) ** found.linear.steps, rel=1e-6)
+
+
+def test_differences_start_at_a_given_adjoint(setting: Setting) -> None:
+    _, b, hessian, _ = matrices(setting)
+    exact = tree.unravel(torch.linalg.solve(hessian, b), setting.y)
+    solver = CG(rtol=1e-5)
+    cold = quiet(setting, estimator=FiniteDifference(linear_solver=solver), accuracy=False)
+    warm = quiet(setting, estimator=FiniteDifference(linear_solver=solver), adjoint=exact, accuracy=False)
+    assert cold.linear.steps > 5
+    assert warm.linear.steps == 0
 
 
 def test_nothing_to_solve_is_solved() -> None:
@@ -329,3 +353,68 @@ def test_solvers_are_validated(cls) -> None:
     with pytest.raises(TypeError, match=r"linear_solver must be a LinearSolver such as CG\(\), got 'cg'"):
         cls(linear_solver="cg")
     assert cls(linear_solver=Cholesky()).linear_solver == Cholesky()
+
+
+# Figures of peers, reproduced with the error said aloud.
+
+
+def digits() -> tuple[Callable[[Tree, Tree], Tensor], Callable[[Tree, Tree], Tensor], Tensor]:
+    """Multinomial logistic regression on 8 x 8 digits with a log-penalty per pixel: condition about 800."""
+    data = sklearn.datasets.load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    rows, labels = torch.from_numpy(data.data / 16.0)[order], torch.from_numpy(data.target)[order]
+
+    def upper(x: Tree, w: Tree) -> Tensor:
+        return cross_entropy(rows[1000:] @ w, labels[1000:])
+
+    def lower(x: Tree, w: Tree) -> Tensor:
+        return cross_entropy(rows[:1000] @ w, labels[:1000]) + 0.5 * (x.exp()[:, None] * w**2).sum()
+
+    return upper, lower, -5.0 + normal(0, 64)
+
+
+def test_defaults_of_peers_are_97_percent_wrong_and_say_so_here() -> None:
+    upper, lower, x = digits()
+    w = implicit.minimize(lambda w: lower(x, w), torch.zeros(64, 10), implicit.NewtonCG(rtol=1e-10)).point
+    exact = implicit.hypergradient(upper, lower, x, w, linear_solver=CG(rtol=1e-10)).value
+    norm = float(exact.norm())
+    for estimator, low, high in (
+        (NeumannSeries(terms=1), 0.9, 1.0),
+        (LinearSolve(linear_solver=CG(max_steps=1)), 0.8, 1.1),
+        (OneStep(step=1.0), 0.8, 1.1),
+        (NeumannSeries(terms=96), 0.1, 0.5),
+    ):
+        with pytest.warns(ConvergenceWarning, match="is not solved well enough"):
+            found = implicit.hypergradient(upper, lower, x, w, estimator=estimator)
+        true = float((found.value - exact).norm()) / norm
+        assert low < true < high
+        assert found.accuracy is not None
+        assert found.accuracy.error / norm == pytest.approx(true, rel=1e-3)
+
+
+def test_a_biased_estimator_cannot_converge_unnoticed() -> None:
+    """Descent on a truncated series stops where that series vanishes: its own norm is 1e-9 there, the true one is not,
+    and the report says which."""
+    train, held = normal(1, 30, 5) * torch.tensor([1.0, 1.0, 1.0, 0.1, 0.05]), normal(2, 20, 5)
+    target, held_target = train.sum(dim=1) + 0.3 * normal(3, 30), held.sum(dim=1)
+
+    def lower(x: Tree, w: Tree) -> Tensor:
+        return 0.5 * ((train @ w - target) ** 2).mean() + 0.5 * (x.exp() * w**2).sum()
+
+    def upper(x: Tree, w: Tree) -> Tensor:
+        return 0.5 * ((held @ w - held_target) ** 2).mean() + 0.05 * ((x + 2) ** 2).sum()
+
+    def solved(x: Tensor) -> Tensor:
+        return torch.linalg.solve(train.T @ train / 30 + torch.diag(x.exp()), train.T @ target / 30)
+
+    series = NeumannSeries(terms=3, step=0.3)
+    x = torch.full((5,), -2.0)
+    for _ in range(400):
+        x = x - 2.0 * implicit.hypergradient(upper, lower, x, solved(x), estimator=series, accuracy=False).value
+    with pytest.warns(ConvergenceWarning, match="estimate of its error"):
+        found = implicit.hypergradient(upper, lower, x, solved(x), estimator=series)
+    true = float(torch.func.grad(lambda x: upper(x, solved(x)))(x).norm())
+    assert float(found.value.norm()) < 1e-9
+    assert true > 1e-3
+    assert found.accuracy is not None
+    assert found.accuracy.error == pytest.approx(true, rel=1e-6)

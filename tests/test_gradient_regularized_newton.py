@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bilevel
 import implicit
-from implicit import CG, Cholesky, Dense, GradientRegularizedNewton, NewtonCG, Status, minimize, tree
+from implicit import CG, Cholesky, Dense, GaussNewton, GradientRegularizedNewton, NewtonCG, Status, minimize, tree
 from implicit.minimizers import Evaluation, graph_objective
 from implicit.minimizers.gradient_regularized_newton import DENSE_SIZE, RegularizedState
 from implicit.tree import Tree
@@ -35,9 +35,8 @@ def half_squares(y: Tensor) -> Tensor:
     return 0.5 * (residuals(y) ** 2).sum()
 
 
-def gauss_newton(x: Tree, y: Tensor) -> Dense:
-    jacobian = torch.func.jacrev(residuals)(y)
-    return Dense(jacobian.T @ jacobian)
+def gauss_newton(x: Tree, y: Tensor) -> GaussNewton:
+    return GaussNewton(residuals, lambda r: 0.5 * (r**2).sum(), y)
 
 
 ROWS = normal(1, 200, 10)
@@ -388,6 +387,36 @@ def test_products_are_counted_and_large_problems_go_matrix_free() -> None:
     assert status is Status.CONVERGED
     assert state.products < n
     torch.testing.assert_close(state.point, 1 / large, rtol=1e-10, atol=0)
+
+
+def test_a_given_solver_gets_the_operator_itself() -> None:
+    two = torch.tensor([1.0] * 20 + [2.0] * 20)
+    method = GradientRegularizedNewton(linear_solver=CG(rtol=1e-10))
+    state, status = run(lambda y: 0.5 * (two * y**2).sum() - y.sum(), torch.zeros(40), method)
+    assert status is Status.CONVERGED
+    assert state.products <= 4 * state.solves  # two eigenvalues, two directions; 40 columns if the matrix were formed
+
+
+def test_conjugate_gradients_are_tightened_on_the_way() -> None:
+    """A fixed relative residual of 0.1 gains one digit a step and would need twelve."""
+    n = DENSE_SIZE + 1
+    curvature, b = torch.linspace(1.0, 50.0, n), normal(6, n)
+    state, status = run(
+        lambda y: 0.5 * (curvature * y**2).sum() + 0.1 * torch.cosh(y).sum() - b @ y,
+        torch.zeros(n),
+        GradientRegularizedNewton(rtol=1e-12),
+    )
+    assert status is Status.CONVERGED
+    assert state.step <= 9
+
+
+def test_the_radius_stays_between_its_limits() -> None:
+    objective = graph_objective(lambda _, y: 0.5 * (y**2).sum(), (), torch.zeros(2))  # every trial is accepted
+    for gamma, low, expected in ((1e-3, 10.0, 10.0), (1e-3, 1e-8, 2e-3), (9e99, 1e-8, 1e100)):
+        method = GradientRegularizedNewton(gamma=gamma, gamma_min=low)
+        state = method.init(objective, torch.ones(2))
+        method.step(objective, state)
+        assert (state.solves, state.gamma) == (1, expected)
 
 
 # As the lower solver of a bilevel problem.

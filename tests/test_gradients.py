@@ -276,3 +276,14 @@ def test_an_indefinite_lower_level_is_reported() -> None:
     assert found.linear.status is implicit.Status.LINEAR_SOLVE_FAILED
     assert found.accuracy is not None
     assert found.accuracy.error == float("inf")
+
+
+def test_a_newton_correction_that_fails_leaves_the_error_unknown() -> None:
+    """The adjoint system sees positive curvature alone; the lower residual lies along the negative one."""
+    x, y = torch.tensor(1.0), torch.tensor([1.0, 0.5])
+    with pytest.warns(ConvergenceWarning, match="estimate of its error inf"):
+        found = implicit.hypergradient(lambda x, y: y[0], lambda x, y: 0.5 * (y[0] - x) ** 2 - 0.5 * y[1] ** 2, x, y)
+    assert found.linear.success
+    assert float(found.value) == pytest.approx(1.0)
+    assert found.accuracy is not None
+    assert found.accuracy.error == float("inf")

@@ -224,3 +224,5 @@ def test_wrong_shapes_are_named() -> None:
         implicit.custom_root(lambda y, a: y)(lambda init, a: init)((torch.zeros(3), torch.zeros(3).float()), a)
     with pytest.raises(TypeError, match="init must be a tree of floating-point tensors"):
         implicit.custom_root(lambda y, a: y)(lambda init, a: init)(torch.zeros(3, dtype=torch.long), a)
+    with pytest.raises(TypeError, match="complex arguments"):
+        implicit.custom_root(lambda y, a: y)(lambda init, a: init)(torch.zeros(3), torch.zeros(3, dtype=torch.cfloat))

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import implicit
-from implicit import CG, LU, LinearSolver
+from implicit import CG, LU, LinearSolver, tree
 from implicit.transforms import forward_levels, transforms_active
 from tests.dense import normal
 
@@ -76,6 +76,105 @@ MODES: dict[str, Callable[[Scalar], Any]] = {
     "third, forward inside": lambda f: jacrev(jacrev(jacfwd(f)))(A, B),
     "third, mixed": lambda f: jacfwd(jacrev(grad(f, 1)), 1)(A, B),
 }
+
+
+ITERATIVE = {
+    "GMRES": implicit.GMRES(rtol=1e-13),
+    "BiCGSTAB": implicit.BiCGSTAB(rtol=1e-12),
+    "NormalCG": implicit.NormalCG(rtol=1e-12),
+    "LSMR": implicit.LSMR(rtol=1e-12),
+}
+
+
+@pytest.mark.parametrize("solver", ITERATIVE.values(), ids=ITERATIVE)
+def test_iterative_solvers(solver: LinearSolver) -> None:
+    """They need products with A and with its transpose, one at a time and in blocks, in every mode."""
+    solve = implicit.custom_root(residual, linear_solver=solver)(plain(root))
+    for mode in ("grad", "jvp", "forward over reverse", "reverse over forward", "third, reverse"):
+        close(MODES[mode](scalar(solve)), MODES[mode](scalar(root)), 1e-9)
+
+
+def test_symmetric_roots_may_be_indefinite() -> None:
+    """A saddle point: MINRES and LDL^T use the symmetry, which halves the work of a product."""
+    signs = torch.tensor([1.0, -1.0, 1.0])
+
+    def saddle(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return signs * (y - a) * b**2 + 0.1 * (y**3) * signs + 0.1 * (y.sum() - y)
+
+    def newton(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        for _ in range(25):
+            y = y - torch.linalg.solve(jacrev(saddle)(y, a, b), saddle(y, a, b))
+        return y
+
+    for solver in (None, implicit.MINRES(rtol=1e-13)):
+        solve = implicit.custom_root(saddle, symmetric=True, linear_solver=solver)(plain(newton))
+        for mode in ("grad", "jvp", "forward over reverse", "reverse over reverse"):
+            close(MODES[mode](scalar(solve)), MODES[mode](scalar(newton)), 1e-9)
+
+
+def test_large_systems_are_solved_without_a_matrix() -> None:
+    """A contraction with 300 unknowns, beyond the size at which the default solver writes the matrix down."""
+    weight = 0.5 * normal(51, 300, 300) / 300**0.5
+
+    @implicit.custom_fixed_point(lambda y, a: torch.tanh(weight @ y) + a)
+    def solve(init: Tensor, a: Tensor) -> Tensor:
+        y = init
+        for _ in range(60):
+            y = torch.tanh(weight @ y) + a
+        return y
+
+    a = normal(52, 300).requires_grad_()
+    y = solve(torch.zeros(300), a)
+    y.square().sum().backward()
+    slope = torch.eye(300) - (1 - torch.tanh(weight @ y.detach()) ** 2)[:, None] * weight
+    close(a.grad, torch.linalg.solve(slope.T, 2 * y.detach()), 1e-6)
+
+
+class Packed(torch.nn.Module):
+    """An LSTM on sequences of unequal lengths: packing fails under ``torch.func``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = torch.nn.LSTM(1, 2, batch_first=True)
+
+    def forward(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        packed = torch.nn.utils.rnn.pack_padded_sequence(rows, lengths, batch_first=True, enforce_sorted=False)
+        return self.lstm(packed)[1][0].squeeze(0).sum(1)
+
+
+def test_modules_that_refuse_torch_func() -> None:
+    """First and second derivatives in eager mode, against dense matrices and differences of the first."""
+    model = Packed()
+    rows, lengths, target = normal(53, 5, 4, 1), torch.tensor([4, 1, 3, 2, 4]), normal(54, 5)
+    start = {name: 0.3 * normal(55 + i, *p.shape) for i, (name, p) in enumerate(model.named_parameters())}
+
+    def loss(y: dict[str, Tensor], x: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, y, (rows, lengths))
+        return ((output - target) ** 2).mean() + torch.exp(x) * sum((p**2).sum() for p in y.values())
+
+    @implicit.custom_argmin(loss, linear_solver=implicit.Cholesky())
+    def fit(init: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        return implicit.minimize(lambda y: loss(y, x.detach()), init, implicit.NewtonCG(rtol=1e-12)).point
+
+    x = torch.tensor(-1.0, requires_grad=True)
+    y = fit(start, x)
+    weights = {name: normal(70 + i, *p.shape) for i, (name, p) in enumerate(y.items())}
+
+    def value(y: dict[str, Tensor]) -> Tensor:
+        return tree.dot(weights, y)
+
+    slope = torch.autograd.grad(value(y), x, create_graph=True)[0]
+    point = tree.variables(y)
+    hessian_matrix = implicit.Hessian(lambda q: loss(q, x.detach()), point).to_dense()
+    mixed = torch.exp(x.detach()) * 2 * tree.ravel(tree.detach(y))
+    close(slope.detach(), -tree.ravel(weights) @ torch.linalg.solve(hessian_matrix, mixed), 1e-9)
+
+    def first(shift: float) -> float:
+        at = torch.tensor(-1.0 + shift, requires_grad=True)
+        return float(torch.autograd.grad(value(fit(start, at)), at)[0])
+
+    second = float(torch.autograd.grad(slope, x)[0])
+    assert second == pytest.approx((first(1e-4) - first(-1e-4)) / 2e-4, rel=1e-5)
 
 
 def scalar(solve: Callable[..., Tensor]) -> Scalar:

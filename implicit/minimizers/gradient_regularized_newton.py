@@ -212,7 +212,6 @@ class _System:
     def __init__(self, operator: LinearOperator, solver: LinearSolver) -> None:
         self.operator, self.solver = operator, solver
         self.shift = 0.0
-        self._last: Tree | None = None
 
     def solve(self, b: Tensor, length: float) -> Tensor | None:
         """d, or None if the system could not be solved; H is shifted where it is found to be indefinite."""
@@ -223,12 +222,9 @@ class _System:
                 self.shift = -2.0 * lowest
                 found = self._attempt(b, length)
         d = tree.ravel(found.value)
-        if found.status.is_failure or not float(d @ b) > 0:
-            return None
-        self._last = found.value
-        return d
+        return None if found.status.is_failure or not float(d @ b) > 0 else d
 
     def _attempt(self, b: Tensor, length: float) -> LinearSolution:
         shifted = Shifted(self.operator, self.shift + length)
         shifted.positive_definite = True
-        return self.solver.solve(shifted, tree.unravel(b, self.operator.like), x0=self._last)
+        return self.solver.solve(shifted, tree.unravel(b, self.operator.like))

@@ -1,6 +1,8 @@
 """Linear operators on pytrees, one family per file."""
 
+from implicit.operators.accumulated import Accumulated as Accumulated
 from implicit.operators.base import LinearOperator as LinearOperator
+from implicit.operators.blocks import BlockHessian as BlockHessian
 from implicit.operators.dense import Dense as Dense
 from implicit.operators.dense import Shifted as Shifted
 from implicit.operators.diagonal import Diagonal as Diagonal
@@ -16,6 +18,8 @@ from implicit.operators.sums import Scaled as Scaled
 from implicit.operators.sums import Sum as Sum
 
 __all__ = [
+    "Accumulated",
+    "BlockHessian",
     "Dense",
     "Diagonal",
     "Fisher",

@@ -59,6 +59,11 @@ class LinearOperator(ABC):
         own = tree.leaves(self.like)
         return own[0].device if own else torch.device("cpu")
 
+    @property
+    def held_bytes(self) -> int:
+        """About how much memory the operator keeps between products, beside its domain."""
+        return 0
+
     @abstractmethod
     def mv(self, v: Tree) -> Tree:
         """The product with one tree, whose dicts have the domain's key order."""

@@ -52,7 +52,7 @@ class Fisher(LinearOperator):
         generator: for these labels; a generator seeded with 0 by default.
         weights: w, shape ``(...)``, nonnegative; one over the number of observations by default. Zeros leave out
             padding.
-        order: how products with J are computed, see :class:`Jacobian`.
+        order, block_bytes: how products with J are computed, see :class:`Jacobian`.
         positive_definite: a declaration that solvers rely on.
 
     Attributes:
@@ -84,6 +84,7 @@ class Fisher(LinearOperator):
         generator: torch.Generator | None = None,
         weights: Tensor | None = None,
         order: Order = "auto",
+        block_bytes: int | None = None,
         positive_definite: bool = True,
     ) -> None:
         _check_choice("likelihood", likelihood, get_args(Likelihood))
@@ -91,7 +92,7 @@ class Fisher(LinearOperator):
         if (targets is not None) != (kind == "empirical"):
             raise ValueError(f'targets are for kind="empirical", and needed there; got kind={kind!r}')
         self.likelihood, self.kind = likelihood, kind
-        self.jacobian = Jacobian(model, y, order=order)
+        self.jacobian = Jacobian(model, y, order=order, block_bytes=block_bytes)
         self.outputs = _check_outputs(self.jacobian.value)
         self.positive_definite = positive_definite
         super().__init__(y)

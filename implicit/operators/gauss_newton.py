@@ -25,7 +25,7 @@ class GaussNewton(LinearOperator):
         model: maps y to its outputs, any pytree of floating point tensors.
         loss: maps these outputs to a scalar.
         y: where.
-        order: how products with J are computed, see :class:`Jacobian`.
+        order, block_bytes: how products with J are computed, see :class:`Jacobian`.
         positive_definite: a declaration that solvers rely on; right for a convex loss once J has full column rank or a
             regularizer is added.
 
@@ -56,9 +56,10 @@ class GaussNewton(LinearOperator):
         y: Tree,
         *,
         order: Order = "auto",
+        block_bytes: int | None = None,
         positive_definite: bool = True,
     ) -> None:
-        self.jacobian = Jacobian(model, y, order=order)
+        self.jacobian = Jacobian(model, y, order=order, block_bytes=block_bytes)
         self.outputs = self.jacobian.value
         self._graph = GradientGraph(lambda _, z: loss(z), (), self.outputs, "the loss")
         self._curvature = Hessian.of(self._graph)

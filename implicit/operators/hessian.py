@@ -123,6 +123,11 @@ class Hessian(LinearOperator):
         """The gradient where the Hessian was taken."""
         return self._products.gradient
 
+    @property
+    def held_bytes(self) -> int:
+        """About what the kept graph takes: the bytes of the cotangents of one pass."""
+        return self._products.graph.traffic if isinstance(self._products, KeptGraph) else 0
+
     def mv(self, v: Tree) -> Tree:
         if isinstance(self._products, KeptGraph):
             spec = tree.structure(self.like)

@@ -1,21 +1,21 @@
 """Jacobians of functions between trees, with both products."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from implicit import tree
+from implicit.differentiability import REFUSALS, evaluate, traffic
 from implicit.operators.base import LinearOperator
+from implicit.operators.order import BLOCK_BYTES, CPU_BLOCK_BYTES
 from implicit.tree import Tree
 
 Order = Literal["auto", "reverse", "forward", "linearize"]
 """How ``J v`` is computed; see :class:`Jacobian`."""
-
-_REFUSALS = ("not implemented", "double backward", "twice differentiable")
 
 Products = Callable[[Tree, bool], Tree]
 
@@ -36,19 +36,23 @@ class Jacobian(LinearOperator):
 
     The first product with J is preceded by one more product each way, which have to agree: torch passes over some
     operations that it cannot differentiate twice, in silence. Blocks of vectors go through one batched pass. Attention
-    runs on its MATH kernel here: the fused kernels have no second derivative.
+    and cuDNN's recurrent layers run on kernels that have second derivatives (``notes`` says so).
 
     Args:
         fn: maps a tree to a tree of floating point tensors, such as a model's outputs in its parameters.
         y: where.
         order: how products with J are computed.
+        block_bytes: memory that one batched pass may take; by default 16 MiB on a CPU, where more is slower, and 1 GiB
+            elsewhere.
 
     Attributes:
         value: ``fn(y)``, detached.
         order: the order in use; "auto" until the first product with J decides.
+        notes: sentences about kernels that were exchanged.
 
     Raises:
-        ValueError: if ``order`` is none of these, or the outputs have another dtype than y.
+        ValueError: if ``order`` is none of these, ``block_bytes`` is not positive, or the outputs have another dtype
+            than y.
         TypeError: if fn returns anything but floating point tensors.
         RuntimeError: from the first product with J, if torch cannot compute it, with the cure.
 
@@ -61,27 +65,39 @@ class Jacobian(LinearOperator):
         tensor([1., 5., 1.])
     """
 
-    def __init__(self, fn: Callable[[Tree], Tree], y: Tree, *, order: Order = "auto") -> None:
+    def __init__(
+        self, fn: Callable[[Tree], Tree], y: Tree, *, order: Order = "auto", block_bytes: int | None = None
+    ) -> None:
         if order not in get_args(Order):
             raise ValueError(f"order must be one of {', '.join(get_args(Order))}, got {order!r}")
-        self._fn = fn
+        if block_bytes is not None and not (type(block_bytes) is int and block_bytes >= 1):
+            raise ValueError(f"block_bytes must be None or a positive integer, got {block_bytes!r}")
+        self._fn, self._block_bytes = fn, block_bytes
         self.order: Order = order
         self._y = tree.variables(y)
-        with torch.enable_grad(), _twice_differentiable():
-            self._outputs = _check_outputs(fn(self._y))
-        self.value = tree.detach(self._outputs)
+        self._outputs: Tree = None
+        self._evaluation = evaluate(self._total)
+        self.value, self.notes = tree.detach(self._outputs), self._evaluation.notes
         self._range = tree.structure(self.value)
         self._push: Products | None = None
         super().__init__(self._y, self.value)
+
+    def _total(self) -> Tensor:
+        """Evaluates fn; the sum of its outputs has their graph."""
+        self._outputs = _check_outputs(self._fn(self._y))
+        return torch.stack([leaf.sum() for leaf in tree.leaves(self._outputs)] or [torch.zeros(())]).sum()
 
     def mv(self, v: Tree) -> Tree:
         return self._along(v, batched=False)
 
     def _flat_block(self, rows: Tensor) -> Tensor:
-        if rows.shape[0] == 1:
-            return self.flat_mv(rows[0])[None]
-        self.products += rows.shape[0]
-        return tree.ravel_batch(self._along(tree.unravel(rows, self.like), batched=True))
+        return in_blocks(self, rows, self._along, self._block_size)
+
+    @functools.cached_property
+    def _block_size(self) -> int:
+        """How many vectors one batched pass takes."""
+        flow = traffic(leaf.grad_fn for leaf in tree.leaves(self._outputs))
+        return block_size(self._block_bytes, flow, self.device)
 
     @property
     def T(self) -> LinearOperator:
@@ -103,12 +119,14 @@ class Jacobian(LinearOperator):
         try:
             return self._tried("reverse"), "reverse"
         except RuntimeError as refused:
-            if not any(sign in str(refused).lower() for sign in _REFUSALS):
+            if not isinstance(refused, _Disagreement) and not any(sign in str(refused) for sign in REFUSALS):
                 raise
             try:
                 return self._tried("forward"), "forward"
-            except RuntimeError:
-                raise RuntimeError(f"J @ v failed: {_cure(refused)} ({refused})") from refused
+            except RuntimeError as again:
+                raise RuntimeError(
+                    f"J @ v failed: fn can be differentiated neither twice ({refused}) nor in forward mode ({again})"
+                ) from refused
 
     def _tried(self, order: Order) -> Products:
         """Products in this order, once they have agreed with the transpose: an operation that torch cannot
@@ -120,10 +138,10 @@ class Jacobian(LinearOperator):
         gap = float(tree.dot(u, pushed) - tree.dot(pulled, v))
         size = float(tree.norm(u) * tree.norm(pushed) + tree.norm(pulled) * tree.norm(v))
         if abs(gap) > torch.finfo(self.dtype).eps ** 0.5 * size:
-            raise RuntimeError(
-                f"J @ v in {order} order disagrees with the transpose: a backward pass is not twice differentiable, or "
-                "fn returns something else every time"
+            reason = self._evaluation.obstacle or (
+                "a backward pass is not differentiable, or fn returns something else every time"
             )
+            raise _Disagreement(f"J @ v in {order} order disagrees with the transpose: {reason}")
         return push
 
     def _reverse(self) -> Products:
@@ -136,13 +154,13 @@ class Jacobian(LinearOperator):
         point = tree.detach(self._y)
 
         def push(v: Tree) -> Tree:
-            with torch.no_grad(), _twice_differentiable():
+            with torch.no_grad(), self._evaluation.kernels():
                 return torch.func.jvp(self._fn, (point,), (v,))[1]
 
         return lambda v, batched: torch.func.vmap(push)(v) if batched else push(v)
 
     def _linearize(self) -> Products:
-        with warnings.catch_warnings(), _twice_differentiable():  # about its own graph
+        with warnings.catch_warnings(), self._evaluation.kernels():  # about its own graph
             warnings.simplefilter("ignore")
             _, push = torch.func.linearize(self._fn, tree.detach(self._y))
             # Where fn works in place (recurrent layers), every call after the first is silently wrong (torch 2.13).
@@ -158,6 +176,10 @@ class Jacobian(LinearOperator):
         return products
 
 
+class _Disagreement(RuntimeError):
+    """Two ways to compute a number differ."""
+
+
 class _Transposed(LinearOperator):
     """``J^T`` on the graph of J."""
 
@@ -169,14 +191,28 @@ class _Transposed(LinearOperator):
         return self.jacobian.pull(v)
 
     def _flat_block(self, rows: Tensor) -> Tensor:
-        if rows.shape[0] == 1:
-            return self.flat_mv(rows[0])[None]
-        self.products += rows.shape[0]
-        return tree.ravel_batch(self.jacobian.pull(tree.unravel(rows, self.like), batched=True))
+        return in_blocks(self, rows, self.jacobian.pull, self.jacobian._block_size)
 
     @property
     def T(self) -> LinearOperator:
         return self.jacobian
+
+
+def block_size(budget: int | None, flow: int, device: torch.device) -> int:
+    """How many vectors one batched pass takes, where each brings cotangents of ``flow`` bytes."""
+    return max((budget or (CPU_BLOCK_BYTES if device.type == "cpu" else BLOCK_BYTES)) // max(flow, 1), 1)
+
+
+def in_blocks(operator: LinearOperator, rows: Tensor, product: Callable[..., Tree], size: int) -> Tensor:
+    """Products with the rows, ``size`` at a time; ``product`` takes stacked trees and ``batched=True``."""
+    parts = []
+    for part in torch.split(rows, size):
+        if len(part) == 1:
+            parts.append(operator.flat_mv(part[0])[None])
+        else:
+            operator.products += len(part)
+            parts.append(tree.ravel_batch(product(tree.unravel(part, operator.like), batched=True)))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _pullback(outputs: Tree, variables: Tree, u: Tree, batched: bool, *, create_graph: bool = False) -> Tree:
@@ -206,23 +242,12 @@ def _pullback(outputs: Tree, variables: Tree, u: Tree, batched: bool, *, create_
     return tree.unflatten(filled, own_spec)
 
 
-def _twice_differentiable() -> Any:
-    """Fused attention kernels refuse to be differentiated twice."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
 def _check_outputs(outputs: Tree) -> Tree:
     for path, leaf in zip(tree.paths(outputs), tree.leaves(outputs), strict=True):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise TypeError(f"fn must return floating point tensors, got {found} at {path or 'its output'}")
     return outputs
-
-
-def _cure(error: RuntimeError) -> str:
-    if "cudnn" in str(error).lower():
-        return "cuDNN's recurrent layers cannot; evaluate fn under torch.backends.cudnn.flags(enabled=False)"
-    return "an operation of fn can be differentiated neither twice nor in forward mode"
 
 
 def _lead(v: Tree) -> int:

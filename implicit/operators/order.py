@@ -13,7 +13,7 @@ from torch import Tensor
 
 from implicit import tree
 from implicit.derivatives import GradientGraph, ScalarFunction, require_scalar, value_and_gradient
-from implicit.differentiability import evaluate, traffic
+from implicit.differentiability import evaluate, explain, first_line, traffic
 from implicit.operators.difference import GradientDifference
 from implicit.tree import Tree
 
@@ -186,7 +186,7 @@ class KeptGraph:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # an operation has no batching rule
-            self._batchable, self._notes = False, [f"one vector at a time: {str(error).splitlines()[0]}"]
+            self._batchable, self._notes = False, [f"one vector at a time: {first_line(error)}"]
             return None
         self.graph.products += k
         return [
@@ -237,10 +237,7 @@ class ForwardOverReverse:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # NotImplementedError is one
-            reason = str(error).splitlines()[0].rstrip(".")
-            if "ZeroTensors" in reason:
-                reason = "torch has no forward mode for the backward pass of F.mse_loss; write ((a - b) ** 2).mean()"
-            raise _refused(self.order, reason) from error
+            raise _refused(self.order, explain(error) or first_line(error)) from error
 
 
 class Differences:

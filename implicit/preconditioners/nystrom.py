@@ -125,7 +125,7 @@ class _Sketch:
 
     def extend(self, count: int) -> None:
         drawn = torch.randn(len(self.scale), count, generator=self.generator, dtype=self.dtype).to(self.scale.device)
-        for _ in range(2):  # twice is enough
+        for _ in range(2 if self.rank else 1):  # twice is enough
             drawn = torch.linalg.qr(drawn - self.basis @ (self.basis.T @ drawn)).Q
         vectors = (drawn.T * self.scale).to(self.scale.dtype)
         products = self.operator.flat_mm(vectors, self.chunk) - self.shift * vectors
