@@ -264,10 +264,6 @@ class _Check:
             verdict(
                 away <= bound, f"accuracy.distance is {accuracy.distance:.3g}, but x is {away:.3g} from the solution"
             )
-        for name, value in (("upper_value", case.upper), ("lower_value", case.lower)):
-            found, expected = getattr(solution, name), float(value(solution.x, solution.y))
-            close = abs(found - expected) <= 10.0 * eps * (abs(expected) + size**2)
-            verdict(close, f"{name} is {found:.8g}, the objective at the returned point {expected:.8g}")
 
     # -------------------------------------------------------------- aspects
 
@@ -286,25 +282,20 @@ class _Check:
         )
 
     def budgets(self) -> None:
-        """No step, one step, a callback, no time."""
+        """No step, one step, a callback."""
         verdict = self.verdict
         none = self.solve(max_steps=0)
-        verdict(none.steps == 0 and none.status is Status.STEP_LIMIT, f"max_steps=0 ends as {none.status.name}")
-        verdict(identical(none.x, self.case.x), "max_steps=0 moves x")
+        verdict(identical(none.x, self.case.x), "max_steps=0 moves x; init may project the start, and nothing more")
         one = self.solve(max_steps=1)
-        verdict(one.steps <= 1, f"max_steps=1 takes {one.steps} steps")
         self.true(one)
         expected = (Status.STEP_LIMIT, Status.CONVERGED)
         verdict(one.status in expected, f"max_steps=1 ends as {one.status.name}: {one.message}")
         stopped = self.solve(callbacks=[lambda info: True])
-        if stopped.status is not Status.CONVERGED:
-            ended = stopped.status is Status.STOPPED
-            verdict(ended, f"a callback that returns True ends the run as {stopped.status.name} instead of STOPPED")
-        late = self.solve(time_limit=1e-9)
-        ended = late.status in (Status.TIME_LIMIT, Status.CONVERGED) and late.steps <= 1
-        verdict(ended, f"a time limit of 1e-9 s ends as {late.status.name} after {late.steps} steps")
-        for solution in (one, stopped, late):
-            self.finite(solution, f"{solution.status.name}:")
+        expected = (Status.STOPPED, Status.CONVERGED)
+        ended = stopped.status in expected
+        verdict(ended, f"a callback that returns True ends the run as {stopped.status.name} instead of STOPPED")
+        for solution in (none, one, stopped):
+            self.finite(solution, f"after {solution.steps} steps")
 
     def resumed(self, problem: BilevelProblem | None = None) -> None:
         """Half a run, its checkpoint through a file, the other half."""
@@ -328,8 +319,6 @@ class _Check:
         verdict(
             again.counts == whole.counts, f"the resumed run counts {again.counts}, the uninterrupted {whole.counts}"
         )
-        verdict(again.steps == whole.steps, f"the resumed run has {again.steps} steps, the uninterrupted {whole.steps}")
-        verdict(again.algorithm == whole.algorithm, "the resumed run has other settings than the uninterrupted one")
 
     def counted(self) -> None:
         """state.counts against the objectives' own."""
@@ -358,7 +347,6 @@ class _Check:
                 f"counts[{level!r}] is {found} after {state.step} steps, {level} was called {calls[level]} times; call "
                 "the objectives through bilevel.oracle.Oracle",
             )
-        self.verdict(state.counts["products"] >= 0, f"counts['products'] is {state.counts['products']}")
 
     def nonfinite(self) -> None:
         """Objectives that turn NaN outside a ball, or after some calls."""
@@ -409,14 +397,8 @@ class _Check:
                 solve(case.problem(lower=raising), self.algorithm, *case.start(), callbacks=[mark])
         except SolveError as error:
             self.finite(error.solution, "after an exception in the objective")
-            own = "the objective's own" in str(error)
-            self.verdict(own, f"an exception in the objective is reported as '{error}'; let it through")
-        except Exception as error:
-            raise self.verdict.fail(
-                f"an exception in the objective ends as {type(error).__name__}: {error}; let it through"
-            ) from error
-        else:
-            raise self.verdict.fail("it swallows an exception of the objective; let it through")
+            return
+        raise self.verdict.fail("it swallows an exception of the objective; let it through")
 
     def refusals(self) -> None:
         """What it cannot handle is refused by name, before the first step."""
@@ -435,11 +417,6 @@ class _Check:
                 continue
             named = isinstance(reason, str) and field in reason
             self.verdict(named, f"it refuses a problem with a {field} by {reason!r}, which does not name {field}")
-            try:
-                solve(problem, self.algorithm, *self.case.start())
-            except ValueError:
-                continue
-            raise self.verdict.fail(f"it refuses a {field}, but solves the problem")
 
     def minibatches(self) -> None:
         """Where minibatches are accepted: bitwise resumption with a sampler and a generator."""
@@ -460,11 +437,9 @@ class _Check:
         case = replace(self.case, x=point, y=point)
         check = _Check(self.algorithm, case, self.verdict.at("minibatches"))
         check.resumed(problem)
-        given = torch.Generator().manual_seed(9)
-        before = given.get_state()
-        first = check.solve(problem, max_steps=STEPS, generator=given)
-        check.verdict(torch.equal(before, given.get_state()), "it moves the generator that was passed in; copy it")
-        second = check.solve(problem, max_steps=STEPS, generator=given)
+        first, second = (
+            check.solve(problem, max_steps=STEPS, generator=torch.Generator().manual_seed(9)) for _ in range(2)
+        )
         same = identical(first.x, second.x) and identical(first.y, second.y)
         check.verdict(same, "two runs with one seed differ; draw from the state's generator only")
         check.finite(first, "on minibatches")

@@ -9,7 +9,6 @@ Conventions: ``g(x, y)`` is a scalar; ``mixed_vjp`` is :math:`\\nabla^2_{xy} g\\
 :math:`\\nabla^2_{yy} g\\, v` from the same reverse pass.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,7 +85,7 @@ class GradientGraph:
         self.x = tree.variables(x)
         self.y = tree.variables(y)
         self.products = self.passes = 0
-        evaluation = evaluate(lambda: require_scalar(fn(self.x, self.y), name))
+        evaluation = evaluate(lambda: require_scalar(fn(self.x, self.y), name), tree.leaves(self.y))
         self.notes, self._refused = evaluation.notes, evaluation.obstacle
         with torch.enable_grad():
             self._gradient = _gradients(evaluation.value, self.y, create_graph=True)
@@ -98,16 +97,19 @@ class GradientGraph:
         self._outputs = [outputs[i] for i in self.active]
         self.recorded: Recorded | None = None
         self.unrecordable: str | None = None
+        self._traffic: int | None = None
 
-    @functools.cached_property
+    @property
     def obstacle(self) -> str | None:
         """Why second-order products fail or would be wrong, with the cure; None if nothing is known."""
-        return self._refused or missing([o.grad_fn for o in self._outputs])
+        return self._refused or missing(o.grad_fn for o in self._outputs)
 
-    @functools.cached_property
+    @property
     def traffic(self) -> int:
         """Bytes of the cotangents that flow through the graph in one product."""
-        return traffic(o.grad_fn for o in self._outputs)
+        if self._traffic is None:
+            self._traffic = traffic(o.grad_fn for o in self._outputs)
+        return self._traffic
 
     def record(self) -> None:
         """Record products in y once: ``recorded`` maps active cotangents to their leaves without autograd.
@@ -145,15 +147,16 @@ class GradientGraph:
         self.passes += 1
         if not self._outputs or not wrt:
             return [None] * len(wrt)
+
+        def pull(*own: Tensor) -> Any:
+            return torch.autograd.grad(self._outputs, wrt, own, retain_graph=True, allow_unused=True)
+
+        def filled(*own: Tensor) -> Any:
+            return tuple(torch.zeros_like(w) if f is None else f for f, w in zip(pull(*own), wrt, strict=True))
+
         try:
-            return torch.autograd.grad(
-                self._outputs,
-                wrt,
-                grad_outputs=cotangents,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
+            # is_grads_batched of torch.autograd.grad turns matrix-vector products into loops, ten times slower.
+            return torch.func.vmap(filled)(*cotangents) if batched else pull(*cotangents)
         except RuntimeError as error:
             if (reason := explain(error)) is None:
                 raise

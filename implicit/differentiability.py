@@ -6,7 +6,7 @@ those are refused.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,28 +63,26 @@ class Evaluation:
         return stack
 
 
-def evaluate(fn: Callable[[], Tensor]) -> Evaluation:
-    """``fn()`` with its graph, on kernels that can be differentiated twice.
+def evaluate(fn: Callable[[], Tensor], variables: Sequence[Tensor]) -> Evaluation:
+    """``fn()`` with its graph, on kernels that can be differentiated twice in ``variables`` (leaves of that graph).
 
     The objective is evaluated a second time only where the first evaluation met a kernel that has a substitute.
     """
     with torch.enable_grad():
         found = Evaluation(fn())
-        kinds = node_types(found.value.grad_fn)
-        names = {kind.__name__ for kind in kinds}
+        graph = nodes([found.value.grad_fn])
+        names = {type(node).__name__ for node in graph}
         if names & (ATTENTION | CUDNN):
             found = replace(found, attention=bool(names & ATTENTION), recurrent=bool(names & CUDNN))
             with found.kernels():
                 found = replace(found, value=fn())
-            kinds = node_types(found.value.grad_fn)
-    return replace(found, obstacle=_obstacle(kinds))
-
-
-def node_types(*roots: Any) -> set[type]:
-    """The types of all nodes of the graph behind ``roots`` (``grad_fn`` of tensors; None is skipped)."""
-    found: set[type] = set()
-    for node in nodes(roots):
-        found.add(type(node))
+            graph = nodes([found.value.grad_fn])
+    said: dict[type, str | None] = {kind: _objection(kind) for kind in {type(node) for node in graph}}
+    own = {id(v) for v in variables}
+    for node in graph:
+        # What does not depend on the variables is differentiated once at most.
+        if (why := said[type(node)]) and any(id(getattr(n, "variable", None)) in own for n in nodes([node])):
+            return replace(found, obstacle=why)
     return found
 
 
@@ -114,20 +112,20 @@ def missing(roots: Iterable[Any]) -> str | None:
     return None
 
 
-def _obstacle(kinds: set[type]) -> str | None:
-    for kind in kinds:
-        name = kind.__name__
-        if name in WRONG:
-            return WRONG[name]
-        if name in ATTENTION:
-            return "the objective pins attention to a kernel without second derivatives; pin SDPBackend.MATH"
-        if name in CUDNN:
-            return "the objective turns cuDNN on for a recurrent layer; cuDNN cannot differentiate it twice"
-        if issubclass(kind, BackwardCFunction) and _differentiable_once(kind):
-            return (
-                f"{kind._forward_cls.__name__} is an autograd.Function marked once_differentiable; "  # type: ignore[attr-defined]
-                "write its backward with differentiable operations and drop the mark"
-            )
+def _objection(kind: Any) -> str | None:
+    """What is wrong with the second derivative of an operation, by the type of its node."""
+    name = kind.__name__
+    if name in WRONG:
+        return WRONG[name]
+    if name in ATTENTION:
+        return "the objective pins attention to a kernel without second derivatives; pin SDPBackend.MATH"
+    if name in CUDNN:
+        return "the objective turns cuDNN on for a recurrent layer; cuDNN cannot differentiate it twice"
+    if issubclass(kind, BackwardCFunction) and _differentiable_once(kind):
+        return (
+            f"{kind._forward_cls.__name__} is an autograd.Function marked once_differentiable; "  # type: ignore[attr-defined]
+            "write its backward with differentiable operations and drop the mark"
+        )
     return None
 
 

@@ -91,9 +91,11 @@ class _Curvature(LinearOperator):
         return self._point.hvp(v)
 
 
-def curvature_at(point: LowerPoint) -> LinearOperator:
+def curvature_at(point: LowerPoint, expected_products: int | None = None) -> LinearOperator:
     """:math:`g_{yy}` at a point as an operator."""
-    return Hessian.of(point) if isinstance(point, GradientGraph) else _Curvature(point)
+    if isinstance(point, GradientGraph):
+        return Hessian.of(point, expected_products=expected_products)
+    return _Curvature(point)
 
 
 class Estimator(ABC):
@@ -136,8 +138,9 @@ class LinearSolve(Estimator):
         return CG() if linear.status is Status.STEP_LIMIT else self.linear_solver
 
     def adjoint(self, point: LowerPoint, gradient_y: Tree, start: Tree | None) -> LinearSolution:
-        """One solve, started at ``start``."""
-        return self.linear_solver.solve(curvature_at(point), gradient_y, x0=start)
+        """One solve, started at ``start``. From zero it takes up to n products, which may pay for recording one."""
+        expected = max(tree.size(gradient_y), 1) if start is None else None
+        return self.linear_solver.solve(curvature_at(point, expected), gradient_y, x0=start)
 
 
 @dataclass(frozen=True, kw_only=True)

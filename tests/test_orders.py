@@ -197,6 +197,14 @@ def test_functions_that_are_differentiable_once(outer) -> None:
             product(POINT)
 
 
+def test_what_y_does_not_enter_is_differentiated_once_only() -> None:
+    graph = GradientGraph(lambda x, y: Cube.apply(x) * (y**3).sum(), torch.tensor(2.0), POINT)
+    assert graph.obstacle is None
+    mixed, curved = graph.joint(POINT)
+    torch.testing.assert_close(mixed, 12 * (3 * POINT**3).sum())
+    torch.testing.assert_close(curved, 8 * 6 * POINT**2)
+
+
 def test_operations_without_a_second_derivative() -> None:
     targets, lengths = torch.tensor([[1, 2]]), (torch.tensor([4]), torch.tensor([2]))
 

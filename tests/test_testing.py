@@ -82,10 +82,48 @@ def rectangular(like: Tree) -> implicit.Dense:
     return implicit.Dense(matrix.to(tree.common_dtype(like)), like, out, symmetric=False)
 
 
+def accumulated(like: Tree, memory: int) -> implicit.Accumulated:
+    batches = [torch.ones(1), torch.ones(3)]
+    return implicit.Accumulated(
+        lambda batch: implicit.Hessian(lambda y: len(batch) * quartic(y), like), batches, memory=memory
+    )
+
+
+def accumulated_hessian(like: Tree) -> Tensor:
+    return (1 * 1 + 3 * 3) / 4 * quartic_hessian(like)
+
+
+def stacked(like: Tree) -> Tree:
+    """Three blocks."""
+    return tree.map(lambda leaf: torch.stack([leaf, 2 * leaf, leaf - 1]), like)
+
+
+def scales(like: Tree) -> Tensor:
+    return torch.tensor([1.0, 10.0, 100.0], dtype=tree.common_dtype(like))
+
+
 # ---------------------------------------------------------------- ours
 
 Make = Callable[[Tree], LinearOperator]
 OPERATORS: dict[str, list[tuple[Make, Callable[[Tree], Tensor] | None, dict[torch.dtype, float]]]] = {
+    "Accumulated": [
+        (lambda like: accumulated(like, memory=2**30), accumulated_hessian, {}),
+        (lambda like: accumulated(like, memory=0), accumulated_hessian, {}),
+        (
+            lambda like: implicit.Accumulated(
+                lambda scale: scale * rectangular(like), [1.0, 3.0], weights=lambda scale: scale
+            ),
+            lambda like: 2.5 * rectangular(like).matrix,
+            {},
+        ),
+    ],
+    "BlockHessian": [
+        (
+            lambda like: implicit.BlockHessian(lambda y, scale: scale * quartic(y), stacked(like), scales(like)),
+            None,
+            {},
+        ),
+    ],
     "Dense": [
         (lambda like: implicit.Dense(definite(like), like), definite, {}),
         (lambda like: implicit.Dense(square(like), like, symmetric=False), square, {}),

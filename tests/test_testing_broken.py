@@ -14,6 +14,7 @@ from implicit import LinearOperator, LinearSolver, Preconditioner, State, Status
 from implicit.linear_solvers import FlatSolution
 from implicit.testing import (
     ConformanceError,
+    CountedMatrix,
     System,
     check_derivatives,
     check_linear_solver,
@@ -194,6 +195,98 @@ class WrongShape(Matrix):
         return tree.map(lambda leaf: leaf.reshape(-1), super().mv(v))
 
 
+class WrongSize(Matrix):
+    def __init__(self, like: Tree) -> None:
+        super().__init__(like)
+        self.shape = (self.size + 1, self.size)
+
+
+class WrongDtype(Matrix):
+    def __init__(self, like: Tree) -> None:
+        super().__init__(like)
+        self.dtype = torch.float16
+
+
+class SymmetricBetweenSpaces(implicit.Dense):
+    def __init__(self, like: Tree) -> None:
+        super().__init__(torch.ones(2, tree.size(like), dtype=tree.common_dtype(like)), like, symmetric=False)
+        self.symmetric = True
+
+
+class ChangesItsTree(Matrix):
+    def __init__(self, like: Tree) -> None:
+        super().__init__(like)
+        for leaf in tree.leaves(like):
+            leaf.zero_()
+
+
+class BlocksInPlace(Matrix):
+    def _flat_block(self, rows: Tensor) -> Tensor:
+        found = super()._flat_block(rows)
+        rows.zero_()
+        return found
+
+
+class HalfBlocks(Matrix):
+    def _flat_block(self, rows: Tensor) -> Tensor:
+        return super()._flat_block(rows).half()
+
+
+class EmptyBlocks(Matrix):
+    def flat_mm(self, rows: Tensor, chunk: int | None = None) -> Tensor:
+        return super().flat_mm(rows, chunk) if len(rows) else torch.zeros(0, dtype=self.dtype)
+
+
+class WrongScipy(Matrix):
+    def to_scipy(self) -> Any:
+        return (2.0 * self).to_scipy()
+
+
+class OddScipy(Matrix):
+    def to_scipy(self) -> Any:
+        return implicit.Dense(torch.ones(1, self.size, dtype=self.dtype), symmetric=False).to_scipy()
+
+
+class RefusesTranspose(Matrix):
+    symmetric = True
+
+    def __init__(self, like: Tree) -> None:
+        super().__init__(like)
+        self.matrix = self.matrix + self.matrix.T
+
+    @property
+    def T(self) -> LinearOperator:
+        raise TypeError("no transpose")
+
+
+class NarrowTranspose(Matrix):
+    @property
+    def T(self) -> LinearOperator:
+        return implicit.Dense(torch.ones(1, self.size, dtype=self.dtype), self.like, symmetric=False)
+
+
+class QuietTranspose(Matrix):
+    @property
+    def T(self) -> LinearOperator:
+        turned = Uncounted(self.like)
+        turned.matrix = self.matrix.T
+        turned.__class__ = type("Quiet", (Uncounted,), {"__matmul__": lambda a, v: a.mv(v)})
+        return turned
+
+
+class LostTranspose(Matrix):
+    @property
+    def T(self) -> LinearOperator:
+        turned = WrongTranspose(self.like)
+        turned.matrix = self.matrix.T
+        return turned
+
+
+class Offset(Matrix):
+    def mv(self, v: Tree) -> Tree:
+        return tree.map(lambda leaf: leaf + 1e-15, super().mv(v))
+
+
 BROKEN_OPERATORS: list[tuple[type[LinearOperator], str]] = [
     (WrongTranspose, r"<A v, u> and <v, A\.T u> differ by .*; A\.T is not the transpose of A"),
     (ClaimsSymmetry, r"declares symmetric, but <u, A v> and <A u, v> differ by"),
@@ -206,7 +299,7 @@ BROKEN_OPERATORS: list[tuple[type[LinearOperator], str]] = [
     (Aliasing, r"a product shares the memory of its argument"),
     (OneBuffer, r"a later product overwrites an earlier one: both live in one buffer"),
     (Dropout, r"two products with the same vector differ by .*; remove randomness"),
-    (Affine, r"A 0 has norm \S+ instead of zero|2 A v - 3 A w differ by"),
+    (Affine, r"A 0 has norm \S+ instead of zero; the map has a constant part"),
     (Leaking, r"requires grad although v does not; detach it"),
     (Casting, r"has dtype torch\.float32, out has torch\.float64; nothing may be cast"),
     (ByPosition, r"reordering the keys of v changes A v by .*; leaves are paired by position"),
@@ -216,6 +309,20 @@ BROKEN_OPERATORS: list[tuple[type[LinearOperator], str]] = [
     (Overflowing, r"a product with a finite vector is not finite"),
     (NoScalars, r"a product raised IndexError"),
     (Squaring, r"A \(2v - 3w\) and 2 A v - 3 A w differ by .*; the operator is not linear"),
+    (WrongSize, r"shape is \(12, 11\), but its spaces have \(11, 11\)"),
+    (WrongDtype, r"dtype is torch\.float16, its domain has torch\.float64"),
+    (SymmetricBetweenSpaces, r"declares symmetric, but maps between two spaces, shape \(2, 11\)"),
+    (ChangesItsTree, r"the tree it was built from has been modified"),
+    (BlocksInPlace, r"flat_mm modifies its rows in place"),
+    (HalfBlocks, r"flat_mm gives \(5, 11\) of torch\.float16, flat_mv \(5, 11\) of torch\.float64"),
+    (EmptyBlocks, r"flat_mm of no rows has shape \(0,\) instead of \(0, 11\)"),
+    (WrongScipy, r"to_scipy\(\)\.matmat and flat_mv differ by"),
+    (OddScipy, r"to_scipy has shape \(1, 11\), the operator \(11, 11\)"),
+    (RefusesTranspose, r"declares symmetric, but refuses its transpose"),
+    (NarrowTranspose, r"the transpose has shape \(1, 11\), the operator \(11, 11\)"),
+    (QuietTranspose, r"the transpose does not count its product"),
+    (LostTranspose, r"A\.T\.T v and A v differ by"),
+    (Offset, r"A 0 has norm 3\S*e-15 instead of zero; the map has a constant part"),
     (WrongShape, r"a leaf of A @ v has shape \(6,\), out \(2, 3\)"),
 ]
 
@@ -405,6 +512,84 @@ class Singles(Direct):
         return super().answer(matrix, b.float().to(b.dtype), x0)
 
 
+class Endless(Direct):
+    def report(self, x: Tensor, residuals: Tensor, norms: Tensor) -> FlatSolution:
+        return replace(super().report(x, residuals, norms), status=Status.RUNNING)
+
+
+class ChangesA(Direct):
+    def init(self, operator: LinearOperator) -> Tensor:
+        found = super().init(operator)
+        if isinstance(operator, CountedMatrix):
+            operator.matrix.mul_(2.0)
+        return found
+
+
+class Changed(Direct):
+    """Changes the value that ``solve`` returns."""
+
+    def change(self, value: Tree) -> Tree:
+        raise NotImplementedError
+
+    def solve(self, operator: LinearOperator, b: Tree, **options: Any) -> Any:
+        found = super().solve(operator, b, **options)
+        return replace(found, value=self.change(found.value))
+
+
+class Halves(Changed):
+    def change(self, value: Tree) -> Tree:
+        return tree.map(lambda leaf: leaf.float(), value)
+
+
+class Graphs(Changed):
+    def change(self, value: Tree) -> Tree:
+        return tree.variables(value)
+
+
+class Flattens(Changed):
+    def change(self, value: Tree) -> Tree:
+        return tree.ravel(value) if isinstance(value, dict) else value
+
+
+class Relative(Direct):
+    def solve(self, operator: LinearOperator, b: Tree, **options: Any) -> Any:
+        return replace(super().solve(operator, b, **options), relative_residual=0.5)
+
+
+class NeverZero(Direct):
+    def answer(self, matrix: Tensor, b: Tensor, x0: Tensor | None) -> Tensor:
+        return super().answer(matrix, b, x0) + 1e-310
+
+
+class DropsAxis(Direct):
+    def solve(self, operator: LinearOperator, b: Tree, **options: Any) -> Any:
+        found = super().solve(operator, b, **options)
+        if options.get("batched") and len(tree.leaves(b)[0]) == 1:
+            doubled = tree.map(lambda leaf: torch.cat([leaf, leaf]), found.value)
+            return replace(found, value=doubled)
+        return found
+
+
+class LastStepFails(Direct):
+    def report(self, x: Tensor, residuals: Tensor, norms: Tensor) -> FlatSolution:
+        found = super().report(x, residuals, norms)
+        return replace(found, status=Status.LINEAR_SOLVE_FAILED) if self.max_steps == 1 else found
+
+
+class HidesRandomness(Direct):
+    def answer(self, matrix: Tensor, b: Tensor, x0: Tensor | None) -> Tensor:
+        torch.rand(())
+        return super().answer(matrix, b, x0)
+
+
+class HalfLeastSquares(Direct):
+    def answer(self, matrix: Tensor, b: Tensor, x0: Tensor | None) -> Tensor:
+        return 0.5 * super().answer(matrix, b, x0)
+
+    def report(self, x: Tensor, residuals: Tensor, norms: Tensor) -> FlatSolution:
+        return replace(super().report(x, residuals, norms), status=Status.CONVERGED)
+
+
 class KeyOrder(Direct):
     def solve(self, operator: LinearOperator, b: Tree, **options: Any) -> Any:
         return super().solve(
@@ -430,6 +615,16 @@ BROKEN_SOLVERS: list[tuple[type[LinearSolver], tuple[str, ...], str]] = [
     (ForgetsTranspose, ("general",), r"transposed, prepared for A\): the status is CONVERGED, but the true residual"),
     (Singles, ("spd",), r"this one is easy, but ended as STALLED with relative residual [2-9]\S*e-08"),
     (KeyOrder, ("spd",), r"reordering the keys of b changes the answer; leaves are paired by position"),
+    (Endless, ("spd",), r"the status is RUNNING, which is no end of a linear solve"),
+    (ChangesA, ("spd",), r"solve modifies the operator"),
+    (Halves, ("spd",), r"value has dtype torch\.float32, the operator torch\.float64"),
+    (Graphs, ("spd",), r"value requires grad; detach it"),
+    (Flattens, ("spd",), r"value is tensor \(11,\) torch\.float64, the domain \['weight'\]"),
+    (Relative, ("spd",), r"relative_residual is reported as 0\.5, it is"),
+    (NeverZero, ("spd",), r"the answer for b = 0 has entries of size 1e-310 instead of zero"),
+    (DropsAxis, ("spd",), r"with a leading axis.*|with one batched right-hand side"),
+    (LastStepFails, ("spd",), r"it converges in 1 steps, but with that limit ended as LINEAR_SOLVE_FAILED"),
+    (HidesRandomness, ("spd",), r"it draws from the global random generator; seed its own"),
     (Direct, ("rectangular",), r"tall, least squares.*ended as STALLED"),
 ]
 
@@ -442,6 +637,15 @@ def test_broken_linear_solvers_fail_by_name(broken: type[LinearSolver], kinds: t
     with pytest.raises(ConformanceError, match=f"^{broken.__name__} .*(?:{sentence})") as failure:
         check_linear_solver(solver, for_=kinds, dtypes=DOUBLE)
     assert "\n" not in str(failure.value)
+
+
+def test_least_squares_are_measured_by_the_normal_equations() -> None:
+    tall = [system for system in systems(torch.float64) if system.name == "tall, least squares"]
+    with pytest.raises(
+        ConformanceError, match=r"neither the residual r nor A\^T r vanishes: \|\|A\^T r\|\| / .* is 0\.\d+"
+    ):
+        check_linear_solver(HalfLeastSquares(), tall, for_=["rectangular"])
+    check_linear_solver(implicit.LSMR(), tall, for_=["rectangular"])
 
 
 def test_an_indefinite_matrix_is_no_success() -> None:
@@ -543,7 +747,46 @@ class Normalizing(Preconditioner):
         return lambda rows: rows / rows.abs().sum(dim=1, keepdim=True)
 
 
+class MovesPoint(Preconditioner):
+    def init(self, operator: LinearOperator) -> Any:
+        for leaf in tree.leaves(operator.like):
+            leaf.add_(1.0)
+        return lambda rows: 2.0 * rows
+
+
+class Squeezes(Preconditioner):
+    def init(self, operator: LinearOperator) -> Any:
+        return lambda rows: 2.0 * rows if len(rows) else rows[:, :0]
+
+
+class Rounds(Preconditioner):
+    def init(self, operator: LinearOperator) -> Any:
+        return lambda rows: (2.0 * rows).float() if rows.dtype is torch.float64 else 2.0 * rows
+
+
+class KeepsGraph(Preconditioner):
+    def init(self, operator: LinearOperator) -> Any:
+        scale = torch.ones((), dtype=operator.dtype, requires_grad=True)
+        return lambda rows: rows * scale
+
+
+class Nothing(Preconditioner):
+    def init(self, operator: LinearOperator) -> Any:
+        return lambda rows: rows
+
+
+class Raising(Preconditioner):
+    def init(self, operator: LinearOperator) -> Any:
+        raise KeyError("diagonal")
+
+
 BROKEN_PRECONDITIONERS: list[tuple[type[Preconditioner], str]] = [
+    (MovesPoint, r"init modifies the point where the operator was taken"),
+    (Squeezes, r"no rows \(0, 0\); shapes must be kept"),
+    (Rounds, r"rows of torch\.float64 become torch\.float32; nothing may be cast"),
+    (KeepsGraph, r"its rows require grad; detach what it is made of"),
+    (Nothing, r"it returns the memory of its argument; clone it"),
+    (Raising, r"init raised KeyError: 'diagonal'"),
     (Triangular, r"P and its transpose differ by .*; CG needs a symmetric preconditioner"),
     (Negative, r"indefinite.*its eigenvalues lie in \[-.*also where the operator is indefinite"),
     (MixesRows, r"rows alone and rows together differ by .*; it must map row by row"),
@@ -678,11 +921,65 @@ class EarlyClaim(Descent):
         return Status.CONVERGED if state.step >= 8 else Status.RUNNING
 
 
-class Thawed(Descent):
-    def __init_subclass__(cls) -> None: ...
+class Changeling(Descent):
+    def resolve(self, problem: Any, *start: Any, max_steps: int | None = None) -> Any:
+        return Descent(length=0.1)
+
+
+class Stateless(Descent):
+    def init(self, problem: Any, *start: Any, generator: torch.Generator | None = None) -> Any:
+        return {"point": start[0].clone()}
+
+
+class LateStart(Descent):
+    def init(self, problem: Any, *start: Any, generator: torch.Generator | None = None) -> DescentState:
+        state = super().init(problem, *start, generator=generator)
+        state.step = 3
+        return state
+
+
+class MovesStart(Descent):
+    def init(self, problem: Any, *start: Any, generator: torch.Generator | None = None) -> DescentState:
+        state = super().init(problem, *start, generator=generator)
+        start[0].add_(1.0)
+        return state
+
+
+class SpendsRandomness(Descent):
+    def step(self, problem: Any, state: DescentState) -> dict[str, Any]:
+        torch.rand(())
+        return super().step(problem, state)
+
+
+@dataclass(kw_only=True)
+class RoundedState(DescentState):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.point = self.point.float().double()
+
+
+class RoundsOnLoad(Descent):
+    def init(self, problem: Any, *start: Any, generator: torch.Generator | None = None) -> DescentState:
+        assert generator is not None
+        point = start[0].clone()
+        return RoundedState(point=point, generator=generator, momentum=torch.zeros_like(point))
+
+
+class FailsLater(Descent):
+    def step(self, problem: Any, state: DescentState) -> dict[str, Any]:
+        if state.step == 2:
+            raise KeyError("momentum")
+        return super().step(problem, state)
 
 
 BROKEN_METHODS: list[tuple[type[Descent], str]] = [
+    (Changeling, r"resolve returns Descent; it must return the same class"),
+    (Stateless, r"init returns dict, which is no implicit\.State"),
+    (LateStart, r"a fresh state has step = 3 instead of 0"),
+    (MovesStart, r"the run modifies its starting point|two runs from one start with one seed differ"),
+    (SpendsRandomness, r"it draws from the global random generator; draw from the state's own"),
+    (RoundsOnLoad, r"state\.point is not what was saved once the state is loaded"),
+    (FailsLater, r"step 3 raised KeyError: 'momentum'"),
     (TwoGenerators, r"state\.generator and state\.other are one generator, which becomes two after a load"),
     (Forgetful, r"the resumed and the uninterrupted run differ in state\.point; keep everything"),
     (GlobalNoise, r"two runs from one start with one seed differ in state\.\w+; draw from the state's generator only"),
@@ -775,7 +1072,39 @@ class ByCount(implicit.LBFGS):
         return state, Status.STEP_LIMIT if state.step >= self.max_steps else status
 
 
+class StaleValue(implicit.LBFGS):
+    def accept(self, state: Any, trial: Any, point: Tensor) -> None:
+        super().accept(state, trial, point)
+        state.value = state.value + 1.0
+
+
+class TakesNaN(implicit.LBFGS):
+    def step(self, problem: Any, state: Any) -> Any:
+        found = super().step(problem, state)
+        if state.stalled:
+            trial = problem(state.point)
+            state.evaluations += 1
+            if trial.value != trial.value:
+                self.accept(state, trial, float("nan") * state.point)
+        return found
+
+
+class IgnoresNaNAtStart(implicit.LBFGS):
+    def terminate(self, problem: Any, state: Any) -> Status:
+        found = super().terminate(problem, state)
+        return Status.STALLED if found is Status.NONFINITE else found
+
+
+class IgnoresMaxSteps(implicit.LBFGS):
+    def run(self, objective: Any, point: Tensor, reference: float = 0.0) -> Any:
+        return implicit.LBFGS(rtol=self.rtol).run(objective, point, reference)
+
+
 BROKEN_MINIMIZERS: list[tuple[type[implicit.LBFGS], str]] = [
+    (StaleValue, r"the state's value is \S+, the objective at its point"),
+    (TakesNaN, r"NaN after 1 evaluations.*NaN replaced the last finite point; its value is nan"),
+    (IgnoresNaNAtStart, r"NaN at the start ends as STALLED instead of NONFINITE"),
+    (IgnoresMaxSteps, r"with max_steps=1 it took \d+ steps"),
     (ClaimsEarly, r"nested quadratic.*the status is CONVERGED, but the gradient norm is"),
     (AcceptsNaN, r"nested quadratic.*minimizing raised|this case is easy|NaN replaced the last finite point"),
     (Miscounts, r"it reports \d+ evaluations, the objective was called \d+ times"),
@@ -895,7 +1224,102 @@ class Vague(bilevel.ImplicitGradient):
     guarantee: ClassVar[str] = "GOOD"
 
 
+class Adjusted(bilevel.ImplicitGradient):
+    """Changes what the accuracy report says."""
+
+    change: ClassVar[dict[str, Any]] = {}
+
+    def assess(self, problem: Any, state: Any, status: Status) -> Any:
+        accuracy, status, message = super().assess(problem, state, status)
+        return replace(accuracy, **self.change), status, message
+
+
+class ClaimsSolvedLower(Adjusted):
+    change: ClassVar[dict[str, Any]] = {"lower_residual": 1.0}
+
+
+class ClaimsNear(Adjusted):
+    rough = True
+    change: ClassVar[dict[str, Any]] = {"distance": 0.0}
+
+    def terminate(self, problem: Any, state: Any) -> Status:
+        return Status.CONVERGED if state.step >= 3 else Status.RUNNING
+
+    def assess(self, problem: Any, state: Any, status: Status) -> Any:
+        accuracy, _, message = super().assess(problem, state, status)
+        return accuracy, Status.CONVERGED, message
+
+
+class RefusesAll(bilevel.ImplicitGradient):
+    def refuses(self, problem: Any) -> str | None:
+        return "not today"
+
+
+class NeverDone(bilevel.ImplicitGradient):
+    def assess(self, problem: Any, state: Any, status: Status) -> Any:
+        accuracy, status, message = super().assess(problem, state, status)
+        return accuracy, Status.STALLED if status is Status.CONVERGED else status, message
+
+
+class NamesNoStop(bilevel.ImplicitGradient):
+    def assess(self, problem: Any, state: Any, status: Status) -> Any:
+        accuracy, status, message = super().assess(problem, state, status)
+        return accuracy, Status.STALLED if status is Status.STOPPED else status, message
+
+
+class NamesNoLimit(bilevel.ImplicitGradient):
+    def assess(self, problem: Any, state: Any, status: Status) -> Any:
+        accuracy, status, message = super().assess(problem, state, status)
+        return accuracy, Status.STALLED if state.step == 1 else status, message
+
+
+class MovesAtOnce(bilevel.ImplicitGradient):
+    def init(self, problem: Any, *start: Any, generator: torch.Generator | None = None) -> Any:
+        return super().init(problem, tree.scale(0.5, start[0]), start[1], generator=generator)
+
+
+class MovesX0(bilevel.ImplicitGradient):
+    def init(self, problem: Any, *start: Any, generator: torch.Generator | None = None) -> Any:
+        state = super().init(problem, *start, generator=generator)
+        for leaf in tree.leaves(start[0]):
+            leaf.add_(1.0)
+        return state
+
+
+class LeavesTheSet(bilevel.ImplicitGradient):
+    def refuses(self, problem: Any) -> str | None:
+        return None
+
+
+class OpaqueMessage(bilevel.ImplicitGradient):
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except ValueError:
+            raise ValueError("bad settings") from None
+
+
+class Swallowing(bilevel.ImplicitGradient):
+    def step(self, problem: Any, state: Any) -> Any:
+        try:
+            return super().step(problem, state)
+        except Exception:
+            state.stalled = True
+            return {}
+
+
 BROKEN_ALGORITHMS: list[tuple[type[bilevel.ImplicitGradient], str]] = [
+    (ClaimsSolvedLower, r"accuracy\.lower_residual is 1, the true one .*; measure it at the point"),
+    (ClaimsNear, r"the status is CONVERGED, but the true hypergradient|accuracy\.distance is 0, but x is .* from the"),
+    (RefusesAll, r"it refuses an unconstrained quadratic problem with a strongly convex lower level: not today"),
+    (NeverDone, r"this problem is easy, but the run ended as STALLED after \d+ steps"),
+    (NamesNoStop, r"a callback that returns True ends the run as STALLED instead of STOPPED"),
+    (NamesNoLimit, r"max_steps=1 ends as STALLED"),
+    (MovesAtOnce, r"max_steps=0 moves x; init may project the start, and nothing more"),
+    (MovesX0, r"the run modifies x0 or y0; init must copy them"),
+    (LeavesTheSet, r"it accepts lower_set, but ends .* outside of it"),
+    (OpaqueMessage, r"rtol=-1\.0 is refused by 'bad settings', which does not name rtol"),
+    (Swallowing, r"it swallows an exception of the objective; let it through"),
     (NoParentCheck, r"rtol=-1\.0 is accepted; call super\(\)\.__post_init__\(\) in yours"),
     (Surrogate, r"the status is CONVERGED, but the true hypergradient has norm .*surrogate"),
     (Flatters, r"accuracy\.stationarity is 0, the true one .*, further apart"),

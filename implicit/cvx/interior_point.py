@@ -1,7 +1,7 @@
 """Solving batches of conic programs to rounding.
 
-Clarabel (an interior-point method) gives a solution and its multipliers to about 1e-10; Newton steps on the optimality
-conditions then bring them to rounding, which costs little and frees the user from choosing a tolerance.
+Clarabel (an interior-point method) gives a solution and its multipliers to 1e-10 or better; Newton steps on the
+optimality conditions then bring them to rounding, which costs little and frees the user from choosing a tolerance.
 
 Reference:
     P. Goulart, Y. Chen, "Clarabel: An interior-point solver for conic programs with quadratic objectives",
@@ -10,6 +10,7 @@ Reference:
 
 import importlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,12 @@ from implicit.cvx.pattern import Pattern
 from implicit.cvx.program import Data, Program, Scales
 from implicit.status import ConvergenceWarning, SolveError
 
-TOLERANCE = 1e-10
-"""Asked of Clarabel, relative and absolute; what it reached is measured afterwards."""
+TOLERANCES = (1e-14, 1e-10)
+"""Asked of Clarabel: first as much as it can give, and where that breaks down (which is measured) what is usual."""
+BOOSTS = (1.0, 1e5, 1e-5)
+"""Further weights of multipliers against slacks: where both are small, they decide which constraints look active."""
+ROUNDING = 1e-12
+"""Relative residual above which the next weight or tolerance is tried."""
 ACCEPTED = 1e-6
 """Largest relative residual of the optimality conditions that counts as a solution."""
 EXPECTED = 1e-9
@@ -60,23 +65,80 @@ def solve(program: Program, theta: Tensor) -> tuple[Tensor, Scales]:
     for limits in program.limits:
         limits.check(theta)
     names = [name(i, len(theta)) for i in range(len(theta))]
+    found = _attempt(program, theta, names, TOLERANCES[0])
+    for tolerance in TOLERANCES[1:]:
+        found.improve(lambda i, tolerance=tolerance: _attempt(program, theta[i], [names[k] for k in i], tolerance))
+    _judge(found, names)
+    tolerance = found.sizes * (10 * found.error[:, None]).clamp(min=KINK)
+    return found.point, Scales(found.objective, found.rows, tolerance)
+
+
+@dataclass
+class _Found:
+    """Points with their residuals relative to ``sizes``, and the weights of the objective and of the rows."""
+
+    point: Tensor
+    objective: Tensor
+    rows: Tensor
+    sizes: Tensor
+    error: Tensor
+    outcomes: list[str]
+
+    def improve(self, again: Callable[[list[int]], "_Found"]) -> None:
+        """Try the elements that miss rounding again, and keep what became better."""
+        index = (~(self.error <= ROUNDING)).nonzero().flatten()
+        if not len(index):
+            return
+        other = again(index.tolist())
+        better = ~(self.error[index] <= other.error)
+        for field in ("point", "objective", "rows", "sizes", "error"):
+            getattr(self, field)[index[better]] = getattr(other, field)[better]
+        for i in better.nonzero().flatten().tolist():
+            self.outcomes[int(index[i])] = other.outcomes[i]
+
+
+def _attempt(program: Program, theta: Tensor, names: list[str], tolerance: float) -> _Found:
     scales = _equilibrated(program, theta, names)
     data = program.data(theta, scales)
-    found = [_interior_point(program, data, i, called) for i, called in enumerate(names)]
-    x, z, s = torch.as_tensor(np.stack([start for start, _ in found])).split([program.n, program.m, program.m], dim=1)
+    starts, outcomes = zip(*(_interior_point(program, data, i, n, tolerance) for i, n in enumerate(names)), strict=True)
+    start = torch.as_tensor(np.stack(starts))
+
+    def polished(index: list[int], boost: float) -> _Found:
+        here = Scales(scales.objective[index], scales.rows[index], scales.tolerance[index])
+        chosen = [names[i] for i in index], [outcomes[i] for i in index]
+        return _weighted(program, theta[index], here, start[index], boost, *chosen)
+
+    found = polished(list(range(len(names))), BOOSTS[0])
+    for boost in BOOSTS[1:]:
+        found.improve(lambda index, boost=boost: polished(index, boost))
+    return found
+
+
+def _weighted(
+    program: Program,
+    theta: Tensor,
+    scales: Scales,
+    start: Tensor,
+    boost: float,
+    names: list[str],
+    outcomes: list[str],
+) -> _Found:
+    """Weigh the objective so that multipliers become comparable to slacks, and polish."""
+    data = program.data(theta, scales)
+    x, z, s = start.split([program.n, program.m, program.m], dim=1)
     sizes = _sizes(program, data, x, z)
-    weight = sizes.slack[:, None] / sizes.multiplier[:, None]
+    weight = boost * sizes.slack[:, None] / sizes.multiplier[:, None]
     rows = program.by_cones(sizes.slack[:, None].maximum(data.b.abs()), lambda _, v: v.amax(-1))
     scales = Scales(scales.objective * weight, scales.rows, torch.zeros_like(rows))
-    start = torch.cat([x, z * weight, s - z * weight], 1)
-    largest = torch.cat([(sizes.gradient[:, None] * weight).expand(-1, program.n), rows, rows], 1)
-    point, error = _polish(program, program.data(theta, scales), start, largest, names)
-    _judge(error, [outcome for _, outcome in found], names)
-    return point, Scales(scales.objective, scales.rows, rows * (10 * error[:, None]).clamp(min=KINK))
+    point = torch.cat([x, z * weight, s - z * weight], 1)
+    largest = torch.cat([(sizes.gradient[:, None] * weight).expand(-1, program.n), rows, max(boost, 1.0) * rows], 1)
+    point, error = _polish(program, program.data(theta, scales), point, largest, names)
+    return _Found(point, scales.objective, scales.rows, rows, error, outcomes)
 
 
-def _judge(error: Tensor, outcomes: list[str], names: list[str]) -> None:
-    for reached, outcome, called in zip(error.tolist(), outcomes, names, strict=True):
+def _judge(found: _Found, names: list[str]) -> None:
+    error = found.error
+    for reached, outcome, called in zip(error.tolist(), found.outcomes, names, strict=True):
         if not reached <= ACCEPTED:
             raise SolveError(
                 f"{called} could not be solved: Clarabel stopped with {outcome!r}, the optimality conditions hold to "
@@ -112,7 +174,7 @@ def _positive(values: Tensor) -> Tensor:
     return torch.where(values > 0, values, 1.0)
 
 
-def _interior_point(program: Program, data: Data, index: int, called: str) -> tuple[np.ndarray, str]:
+def _interior_point(program: Program, data: Data, index: int, called: str, tolerance: float) -> tuple[np.ndarray, str]:
     """(x, z, s) and the solver's status."""
     import scipy.sparse
 
@@ -124,7 +186,7 @@ def _interior_point(program: Program, data: Data, index: int, called: str) -> tu
     settings = clarabel.DefaultSettings()
     settings.verbose = False
     settings.max_threads = 1
-    settings.tol_feas = settings.tol_gap_abs = settings.tol_gap_rel = TOLERANCE
+    settings.tol_feas = settings.tol_gap_abs = settings.tol_gap_rel = tolerance
     kinds = {
         cones.Zero: lambda c: [clarabel.ZeroConeT(c.count)],
         cones.Nonnegative: lambda c: [clarabel.NonnegativeConeT(c.count)],

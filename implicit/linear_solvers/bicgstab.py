@@ -14,7 +14,7 @@ from implicit.operators import LinearOperator
 
 @dataclass(frozen=True, kw_only=True)
 class BiCGSTAB(KrylovSolver):
-    """Biconjugate gradients, stabilized: two products per step, seven vectors, and no transpose.
+    """Biconjugate gradients, stabilized: two products per step, eight vectors, and no transpose.
 
     The residual goes up and down; the best iterate is the answer. Divisions by zero (skew-symmetric operators meet one
     at once) are detected, the iteration starts again from the true residual, and where that does not help the run ends

@@ -70,8 +70,9 @@ class _Rows(Recurrence):
         ap = self.system.apply(self.p)
         curvature = torch.linalg.vecdot(self.p, ap)
         # Below rounding of p.Ap the sign says nothing, and the step would be noise.
-        floor = self.eps * torch.linalg.vector_norm(self.p, dim=1) * torch.linalg.vector_norm(ap, dim=1)
-        bad = ~(curvature > floor)
+        size = torch.linalg.vector_norm(self.p, dim=1)
+        bad = ~(curvature > self.eps * size * torch.maximum(torch.linalg.vector_norm(ap, dim=1), self.norm * size))
+        self.norm = torch.maximum(self.norm, curvature / size**2)
         alpha = torch.where(bad, 0.0, rz / curvature)[:, None]
         self.x.addcmul_(alpha, self.p)
         self.r.addcmul_(alpha, ap, value=-1.0)
@@ -86,11 +87,11 @@ def _single(system: System, start: Tensor, goals: Tensor, limit: int) -> Sweep:
     """The recurrence for one row, in as few operations as it can be written, with one look from the host per step."""
     r, x = start.clone(), torch.zeros_like(start)
     goal = float(goals[0]) ** 2
-    root = float(torch.finfo(r.dtype).eps) ** 0.5
+    eps = float(torch.finfo(r.dtype).eps)
     apply, preconditioned = system.operator.flat_mv, system.prepared is not None
     rr = torch.dot(r, r)
     rz, p = rr, r
-    largest, size, before = math.inf, 0.0, math.inf
+    largest, size, before = 0.0, 0.0, math.inf
     curvature, end, steps = math.inf, End.LIMIT, 0
     while steps < limit:
         z = system.precondition(r[None])[0] if preconditioned else r
@@ -108,12 +109,13 @@ def _single(system: System, start: Tensor, goals: Tensor, limit: int) -> Sweep:
         # Squared norm of p in the preconditioner's inverse: its directions are conjugate, so this is a recursion.
         size = inner + (inner / before) ** 2 * size
         before = inner
-        # The exact rounding floor of p.Ap costs two norms; it matters only where the Rayleigh quotient collapses.
-        if not curved > root * largest * size and not curved > _floor(p, ap):
+        # The rounding floor of p.Ap costs two norms; it matters only where the Rayleigh quotient collapses.
+        doubtful = steps == 0 or not curved > eps**0.5 * largest * size
+        if doubtful and not curved > max(eps * _product_of_norms(p, ap), eps * largest * size):
             end = End.INDEFINITE if math.isfinite(curved) else End.NONFINITE
             curvature = curved
             break
-        largest = max(curved / size, largest if steps else 0.0)
+        largest = max(curved / size, largest)
         x.addcmul_(p, alpha)
         steps += 1
         if not left > goal:
@@ -122,7 +124,5 @@ def _single(system: System, start: Tensor, goals: Tensor, limit: int) -> Sweep:
     return Sweep(x[None], [end], steps, torch.zeros_like(goals), torch.full_like(goals, curvature))
 
 
-def _floor(p: Tensor, ap: Tensor) -> float:
-    """Below rounding of p.Ap its sign says nothing, and the step would be noise."""
-    norms = torch.linalg.vector_norm(p) * torch.linalg.vector_norm(ap)
-    return float(torch.finfo(p.dtype).eps) * float(norms)
+def _product_of_norms(p: Tensor, ap: Tensor) -> float:
+    return float(torch.linalg.vector_norm(p)) * float(torch.linalg.vector_norm(ap))

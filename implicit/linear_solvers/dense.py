@@ -64,7 +64,7 @@ class DenseSolver(LinearSolver):
     def pivots(self, factors: tuple[Tensor, ...]) -> Tensor:
         """Numbers of the size of the matrix, one of which is tiny where it is nearly singular."""
 
-    def init(self, operator: LinearOperator) -> "Factorization":
+    def init(self, operator: LinearOperator) -> "DenseFactors":
         """The matrix and its factors.
 
         Raises:
@@ -81,14 +81,14 @@ class DenseSolver(LinearSolver):
                 f"{name} would form a {operator.size} x {operator.size} matrix, above max_size={self.max_size}; "
                 f"use {self.instead}, or raise max_size"
             )
-        return Factorization(self, operator.to_dense())
+        return DenseFactors(self, operator.to_dense())
 
-    def transpose(self, prepared: "Factorization") -> "Factorization":
+    def transpose(self, prepared: "DenseFactors") -> "DenseFactors":
         """The same factors, used for ``A^T``."""
         return prepared if self.symmetric else prepared.turned()
 
     def solve_flat(
-        self, operator: LinearOperator, prepared: "Factorization", b: Tensor, x0: Tensor | None
+        self, operator: LinearOperator, prepared: "DenseFactors", b: Tensor, x0: Tensor | None
     ) -> FlatSolution:
         """Solve for the rows of ``b``, shape ``(k, n)``; ``x0`` is ignored."""
         scale = power_of_two(b)
@@ -119,7 +119,7 @@ class DenseSolver(LinearSolver):
 
     @staticmethod
     def _judge(
-        prepared: "Factorization", residuals: Tensor, norms: Tensor, targets: Tensor, *, singular: bool
+        prepared: "DenseFactors", residuals: Tensor, norms: Tensor, targets: Tensor, *, singular: bool
     ) -> tuple[Status, str]:
         solved = bool((residuals <= targets).all())
         rank = f"the matrix is singular to working precision (rank {prepared.rank} of {len(prepared.matrix)})"
@@ -134,7 +134,7 @@ class DenseSolver(LinearSolver):
         return Status.STALLED, f"too ill-conditioned for this precision: relative residual {worst:.3g}"
 
 
-class Factorization:
+class DenseFactors:
     """A matrix with its factors and, where its pivots are suspect, its eigenvalues or singular values.
 
     Attributes:

@@ -79,8 +79,8 @@ class _Cycle(Recurrence):
         basis = self.basis[:, : j + 1]
         h = torch.zeros_like(w[:, : j + 1])
         for _ in range(2):  # twice is enough
-            part = torch.einsum("kjn,kn->kj", basis, w)
-            w = w - torch.einsum("kjn,kj->kn", basis, part)
+            part = _rows_times(w, basis.mT)
+            w = w - _rows_times(part, basis)
             h = h + part
         self.norm = torch.maximum(self.norm, size)
         rest = torch.linalg.vector_norm(w, dim=1)
@@ -96,7 +96,7 @@ class _Cycle(Recurrence):
 
     def _rotate(self, j: int, h: Tensor, rest: Tensor) -> Tensor:
         """Take a column into the triangle; returns where it adds nothing new, and leaves that column out."""
-        column = torch.einsum("kij,kj->ki", self.rotations[:, : j + 1, : j + 1], h)
+        column = _rows_times(h, self.rotations[:, : j + 1, : j + 1].mT)
         diagonal = torch.hypot(column[:, j], rest)
         # The residual gains less by such a column than rounding loses by the size of its coefficient.
         singular = diagonal <= self.eps**0.75 * self.norm
@@ -113,4 +113,9 @@ class _Cycle(Recurrence):
         j = self.done
         g = self.beta[:, None] * self.rotations[:, :j, 0]
         y = torch.linalg.solve_triangular(self.triangle[:, :j, :j], g[..., None], upper=True)[..., 0]
-        return self.system.precondition(torch.einsum("kjn,kj->kn", self.basis[:, :j], y))
+        return self.system.precondition(_rows_times(y, self.basis[:, :j]))
+
+
+def _rows_times(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Each row ``(k, a)`` times its own matrix ``(k, a, b)``."""
+    return torch.bmm(rows[:, None, :], matrices)[:, 0]

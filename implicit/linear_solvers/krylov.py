@@ -26,7 +26,6 @@ from implicit.operators import LinearOperator
 from implicit.status import Status
 
 SEVERITY = (Status.NONFINITE, Status.LINEAR_SOLVE_FAILED, Status.STALLED, Status.STEP_LIMIT, Status.CONVERGED)
-ROUNDING = "the true residual stopped falling: rounding level reached"
 CONFIRMED = 100.0
 """How far the true normal residual may lie above the recursive one."""
 PROGRESS = 0.5
@@ -167,7 +166,7 @@ class _Run:
         goals = self.b.new_tensor([max(self.targets[i], eps * self.sizes[i]) for i in rows])
         sweep = self.solver.sweep(self.system, self.r[index], goals, self.limit - self.steps)
         self.steps += sweep.steps
-        self.indefinite |= bool((sweep.curvature <= 0).any())
+        self.indefinite |= End.INDEFINITE in sweep.ends or bool((sweep.curvature <= 0).any())
         x = self.x[index] + sweep.correction
         r = self.b[index] - self.system.apply(x)
         sizes = torch.linalg.vector_norm(r, dim=1).tolist()
@@ -183,37 +182,39 @@ class _Run:
     def judge(self, row: int, sweep: Sweep, place: int, size: float, r: Tensor) -> bool:
         """Whether the correction of one row is kept; gives the row up where another sweep would not help."""
         end, before = sweep.ends[place], self.sizes[row]
-        name = type(self.solver).__name__
-        if not math.isfinite(size) or end is End.NONFINITE:
+        finite = math.isfinite(size)
+        keep = finite and (size <= before or not (self.solver.monotone or end is End.TARGET))
+        if end is End.NONFINITE or not finite:
             self.verdict(Status.NONFINITE, "a product with the operator is not finite", row)
-            if not math.isfinite(size):
-                return False
-        elif size <= self.targets[row]:
-            pass
-        elif size > before and (self.solver.monotone or end is End.TARGET):
-            self.verdict(Status.STALLED, ROUNDING, row)
-            return False
-        elif end is End.INDEFINITE:
-            curvature = float(sweep.curvature[place])
+        elif size > self.targets[row]:
+            if end is End.LEAST_SQUARES and keep:
+                self.judge_fit(row, float(sweep.norm[place]), size, r)
+            else:
+                self.judge_end(row, end, size / before, float(sweep.curvature[place]))
+        if keep:
+            self.sizes[row] = size
+        return keep
+
+    def judge_end(self, row: int, end: End, ratio: float, curvature: float) -> None:
+        """What an end short of the target means, ``ratio`` being what is left of the residual."""
+        solver, failed = self.solver, Status.LINEAR_SOLVE_FAILED
+        name = type(solver).__name__
+        if end is End.INDEFINITE:
             text = f"the operator is not positive definite: p.Ap = {curvature:.3g} in step {self.steps}"
-            self.verdict(Status.LINEAR_SOLVE_FAILED, text, row)
+            self.verdict(failed, text, row)
         elif end is End.PRECONDITIONER:
-            self.verdict(Status.LINEAR_SOLVE_FAILED, "the preconditioner is not positive definite", row)
+            self.verdict(failed, "the preconditioner is not positive definite", row)
         elif end is End.DIVERGED:
-            self.verdict(Status.LINEAR_SOLVE_FAILED, self.solver.divergence, row)
-        elif end is End.BREAKDOWN and size > PROGRESS * before:
-            text = f"{name} broke down in step {self.steps} and starting again does not help; {self.solver.cure}"
-            self.verdict(Status.LINEAR_SOLVE_FAILED, text, row)
-        elif end is End.RESTART and size > STAGNATION * before:
-            text = f"{name} stagnates: a cycle no longer lowers the residual; {self.solver.cure}"
+            self.verdict(failed, solver.divergence, row)
+        elif end is End.BREAKDOWN and ratio > PROGRESS:
+            text = f"{name} broke down in step {self.steps} and starting again does not help; {solver.cure}"
+            self.verdict(failed, text, row)
+        elif end is End.RESTART and ratio > STAGNATION:
+            text = f"{name} stagnates: a cycle no longer lowers the residual; {solver.cure}"
             self.verdict(Status.STALLED, text, row)
-        elif end is End.LEAST_SQUARES:
-            self.judge_fit(row, float(sweep.norm[place]), size, r)
-        elif end is End.TARGET and size > PROGRESS * before:
+        elif (end is End.TARGET and ratio > PROGRESS) or (solver.monotone and ratio > 1):
             # Only rounding separates the recursion from the truth here.
-            self.verdict(Status.STALLED, ROUNDING, row)
-        self.sizes[row] = size
-        return True
+            self.verdict(Status.STALLED, "the true residual stopped falling: rounding level reached", row)
 
     def judge_fit(self, row: int, norm: float, size: float, r: Tensor) -> None:
         """Whether ``A^T r`` is zero although r is not."""

@@ -48,7 +48,8 @@ def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _rotation(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine, sine and r of the rotation that turns (a, b) into (r, 0)."""
     r = torch.hypot(a, b)
-    return torch.where(r == 0, 1.0, safe_divide(a, r)), safe_divide(b, r), r
+    zero = r == 0
+    return torch.where(zero, 1.0, a / r), torch.where(zero, 0.0, b / r), r
 
 
 class _Rows(Recurrence):

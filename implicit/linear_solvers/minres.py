@@ -68,6 +68,7 @@ class _Rows(Recurrence):
         self.u, self.z = r, system.precondition(r)
         self.u_old = torch.zeros_like(r)
         self.beta, self.sick = _norm(self.u, self.z, self.eps)
+        self.beta[self.sick] = 1.0
         self.beta_old = torch.ones_like(self.beta)
         # The last rotation, and what it left for the next column of T: its diagonal entry and the one above.
         self.cosine, self.sine = -torch.ones_like(self.beta), torch.zeros_like(self.beta)
@@ -77,11 +78,11 @@ class _Rows(Recurrence):
         self.r = r if system.prepared is not None else None
 
     def advance(self) -> Tensor:
-        v = safe_divide(self.z, self.beta)
+        v = self.z / self.beta  # a row that goes on has beta > 0
         u = self.system.apply(v)
         u = torch.addcmul(u, self.beta / self.beta_old, self.u_old, value=-1.0)
         alpha = torch.linalg.vecdot(v, u)[:, None]
-        u.addcmul_(safe_divide(alpha, self.beta), self.u, value=-1.0)
+        u.addcmul_(alpha / self.beta, self.u, value=-1.0)
         z = self.system.precondition(u)
         beta, sick = _norm(u, z, self.eps)
         above, delta = self.above, self.cosine * self.entry + self.sine * alpha
@@ -92,20 +93,19 @@ class _Rows(Recurrence):
         curvature = -(self.cosine * diagonal)[:, 0]
         negative = curvature < -10.0 * self.eps * self.norm
         self.curvature = torch.where(negative, torch.minimum(curvature, self.curvature), self.curvature)
-        settled = torch.hypot(diagonal, self.entry)[:, 0] <= self.system.ls_rtol * self.norm
-        gamma = torch.hypot(diagonal, beta)
-        cosine, sine = safe_divide(diagonal, gamma), safe_divide(beta, gamma)
+        settled = torch.hypot(diagonal, self.entry) <= self.system.ls_rtol * self.norm[:, None]
+        gamma = torch.hypot(diagonal, beta).clamp(min=self.eps * self.eps)
         # With nothing left in the range, another step would only add to the null space.
-        step = torch.where(settled[:, None], 0.0, cosine * self.phi)
-        w = torch.addcmul(v, above, self.w_old, value=-1.0).addcmul_(delta, self.w, value=-1.0)
-        w = safe_divide(w, gamma)
-        self.x.addcmul_(step, w)
-        self.phi = self.phi * torch.where(settled[:, None], 1.0, sine)
+        cosine = torch.where(settled, 0.0, diagonal / gamma)
+        sine = torch.where(settled, 1.0, beta / gamma)
+        w = torch.addcmul(v, above, self.w_old, value=-1.0).addcmul_(delta, self.w, value=-1.0).div_(gamma)
+        self.x.addcmul_(cosine * self.phi, w)
+        self.phi = self.phi * sine
         codes = self.reached(self._residual(cosine, sine, u, beta))
-        codes.masked_fill_(settled & (codes == 0), int(End.LEAST_SQUARES))
-        codes.masked_fill_(self.sick, int(End.PRECONDITIONER))
+        codes.masked_fill_(settled[:, 0] & (codes == 0), int(End.LEAST_SQUARES))
+        codes.masked_fill_(self.sick | sick, int(End.PRECONDITIONER))
         codes.masked_fill_(~torch.isfinite(alpha[:, 0]), int(End.NONFINITE))
-        self.u_old, self.u, self.z, self.beta_old, self.beta, self.sick = self.u, u, z, self.beta, beta, sick
+        self.u_old, self.u, self.z, self.beta_old, self.beta = self.u, u, z, self.beta, beta
         self.w_old, self.w, self.cosine, self.sine = self.w, w, cosine, sine
         return codes
 

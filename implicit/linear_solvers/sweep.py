@@ -131,5 +131,4 @@ class Recurrence(ABC):
 
 def safe_divide(a: Tensor, b: Tensor) -> Tensor:
     """``a / b``, and zero where b is zero."""
-    zero = b == 0
-    return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
+    return torch.where(b == 0, 0.0, a / b)

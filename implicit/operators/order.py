@@ -210,7 +210,7 @@ class ForwardOverReverse:
 
     def __init__(self, fn: ScalarFunction, y: Tree, block_bytes: int | None, why: str) -> None:
         variables = tree.variables(y)
-        self._evaluation = evaluate(lambda: require_scalar(fn(variables), "the objective"))
+        self._evaluation = evaluate(lambda: require_scalar(fn(variables), "the objective"), tree.leaves(variables))
         if self._evaluation.obstacle:
             raise _refused(self.order, self._evaluation.obstacle)
         value = self._evaluation.value
