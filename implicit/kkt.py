@@ -61,8 +61,8 @@ def custom_kkt(
     Warns:
         ConvergenceWarning: when differentiating, where strict complementarity fails (a constraint and its multiplier
             are both zero: the solution has one-sided derivatives only, and what is returned lies between them), where
-            the KKT system is singular, where a constraint is violated or a multiplier negative, and where y does not
-            satisfy the conditions.
+            the KKT system is singular, where a constraint is violated or a multiplier negative, and where y or the
+            multipliers do not satisfy the conditions.
 
     Example:
         >>> import torch, implicit
@@ -174,15 +174,28 @@ class _Program:
         return torch.linalg.vector_norm(jacobian, dim=1) * torch.where(size > 0, size, 1.0)
 
     def examine(self, point: KKTPoint, *theta: Any) -> None:
-        """Name the constraints that leave the derivative undefined, or meaningless."""
-        if self.inequality is None:
+        """Name what leaves the derivative undefined, or meaningless."""
+        scale = self._slope(point, theta)
+        if self.inequality is not None:
+            self._examine_inequality(self.inequality, point, theta, scale)
+        if self.residual_tolerance is None:
             return
-        values, jacobian = _linearize(self.inequality, point.y, theta)
-        names = _entries(self.inequality(point.y, *theta))
-        multipliers = _ravel_like(point.inequality, self.inequality(point.y, *theta))
+        left = tree.norm(kkt(self.objective, self.equality, self.inequality)(point, *theta).y)
+        if bool(left > self.residual_tolerance * scale):
+            _warn(
+                "the multipliers do not balance the objective:",
+                f"||grad L|| = {float(left):.3g} against terms of size {float(scale):.3g}",
+                "tighten the solver, check the signs in L = g + <equality, h> + <inequality, c>, or return y alone",
+            )
+
+    def _examine_inequality(
+        self, inequality: Constraint, point: KKTPoint, theta: tuple[Any, ...], scale: Tensor
+    ) -> None:
+        like = inequality(point.y, *theta)
+        values, jacobian = _linearize(inequality, point.y, theta)
+        names, multipliers = _entries(like), _ravel_like(point.inequality, like)
         reach = self._reach(jacobian, point.y)
         forces = multipliers * torch.linalg.vector_norm(jacobian, dim=1)
-        scale = self._slope(point, theta)
         tolerance = self._tolerance(values)
         degenerate = (values.abs() <= tolerance * reach) & (forces.abs() <= tolerance * scale)
         if bool(degenerate.any()):

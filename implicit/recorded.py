@@ -35,10 +35,6 @@ class _Recorder(TorchDispatchMode):
         self.sources: dict[int, Tensor] = {}
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler at the first use, a second or more
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [a for a in tree.leaves((args, kwargs)) if isinstance(a, Tensor)]
@@ -185,9 +181,9 @@ class _Code:
 
 
 def _transposes(func: Any, args: tuple[Any, ...]) -> bool:
-    if func is torch.ops.aten.t.default:
-        return args[0].ndim == 2
-    return func is torch.ops.aten.permute.default and list(args[1]) == [1, 0]
+    if func is torch.ops.aten.permute.default:
+        return list(args[1]) == [1, 0]
+    return func is torch.ops.aten.t.default
 
 
 def _compile(

@@ -74,6 +74,27 @@ def test_frozen_parameters_are_constants_and_buffers_are_shared_as_in_the_module
     assert int(norm.num_batches_tracked) == 0
 
 
+class Counting(nn.Module):
+    """Adds a buffer to its input and counts it up."""
+
+    def __init__(self, count: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("count", count)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return x + self.scale * self.count.clone()
+
+
+def test_a_buffer_of_two_modules_stays_one() -> None:
+    count = torch.zeros(())
+    objective = module_objective(nn.Sequential(Counting(count), Counting(count)), lambda net, x: net(x).sum())
+    for _ in range(2):
+        assert float(objective(objective.parameters, torch.zeros(1))) == 1 + 2
+    assert float(count) == 0
+
+
 def test_misuse_of_modules_is_named() -> None:
     model = nn.Linear(2, 1)
     objective = module_objective(model, lambda net, X: net(X).sum())

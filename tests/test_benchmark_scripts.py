@@ -57,6 +57,18 @@ def test_job_3(script: ModuleType, tmp_path: Path) -> None:
         assert row["relative error"] <= 1e-5, row
 
 
+@pytest.mark.parametrize("script", ["estimators"], indirect=True)
+def test_estimators(script: ModuleType) -> None:
+    import job1_hypergradient as job1
+    import peers
+
+    table = script.table(job1.load(peers.parser("", rounds=1).parse_args(["--toy"]))).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
+    assert len(cells) == 12
+    for name, _, true, reported in cells:
+        assert float(reported) >= 0.8 * float(true) or float(true) < 1e-7, name
+
+
 def test_a_missing_library_is_named_and_a_failing_one_loses_its_row_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

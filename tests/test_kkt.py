@@ -235,14 +235,29 @@ def test_points_that_are_no_solution_are_named(solver: Callable[..., Any], messa
     assert any(re.search(message, str(w.message)) for w in caught)
 
 
-def test_large_multipliers_do_not_hide_an_error_of_y() -> None:
-    """Multipliers of 1e6: the error of y is measured against y."""
-    solve = implicit.custom_kkt(
+def test_y_and_multipliers_are_judged_apart() -> None:
+    """Multipliers of 1e6 do not hide an error of y, nor does a small error of theirs count against y."""
+    custom = implicit.custom_kkt(
         lambda y, t: 1e6 * y[0] + 0.5 * ((y - t) ** 2).sum(), equality=lambda y, t: y[0] - t[0]
-    )(lambda init, t: KKTPoint(t + torch.tensor([0.0, 0.3]), torch.tensor(-1e6)))
+    )
     theta = torch.tensor([1.0, 2.0], requires_grad=True)
+    wrong = custom(lambda init, t: KKTPoint(t + torch.tensor([0.0, 0.3]), torch.tensor(-1e6)))
     with pytest.warns(ConvergenceWarning, match=r"by 0\.3"):
-        solve(torch.zeros(2), theta).y.sum().backward()
+        wrong(torch.zeros(2), theta).y.sum().backward()
+    custom(lambda init, t: KKTPoint(t, torch.tensor(-1.001e6)))(torch.zeros(2), theta).y.sum().backward()
+
+
+def test_multipliers_of_the_wrong_sign_are_named() -> None:
+    """The y of an equality program is right, but its multipliers are those of L = g - <multiplier, h>."""
+    data = (Q, normal(83, 4), E, normal(84, 2))
+
+    @implicit.custom_kkt(quadratic, equality=lambda y, q, p, e, b: e @ y - b)
+    def solve(init: Tensor, *theta: Tensor) -> KKTPoint:
+        exact = equality_solution(*theta)
+        return KKTPoint(exact.y, -exact.equality)
+
+    with pytest.warns(ConvergenceWarning, match=r"multipliers do not balance .* check the signs in L = g \+ <equality"):
+        grad(lambda p: solve(torch.zeros(4), Q, p, E, data[3]).y.sum())(data[1])
 
 
 @pytest.mark.parametrize("units", [1e-6, 1.0, 1e6])

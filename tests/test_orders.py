@@ -76,17 +76,17 @@ def test_large_problems_are_not_recorded_unasked() -> None:
 
 
 def test_small_problems_go_in_blocks_of_bounded_memory() -> None:
-    rows, expected = normal(4, 50, 7), normal(4, 50, 7) @ dense()
+    rows, expected = normal(4, 41, 7), normal(4, 41, 7) @ dense()
     traffic = Hessian(quartic, POINT).graph.traffic
-    for block_bytes, passes in ((None, 1), (10 * traffic, 5), (7 * traffic, 50)):
+    for block_bytes, passes in ((None, 1), (10 * traffic, 5), (7 * traffic, 41)):
         operator = Hessian(quartic, POINT, order="reverse-over-reverse", block_bytes=block_bytes)
         assert off(operator.flat_mm(rows), expected) < 1e-13
-        assert (operator.graph.passes, operator.graph.products, operator.products) == (passes, 50, 50)
+        assert (operator.graph.passes, operator.graph.products, operator.products) == (passes, 41, 41)
     few = Hessian(quartic, POINT)
     few.flat_mm(rows[:3])
     assert few.graph.passes == 3
     few.mm(rows, chunk=5)
-    assert few.graph.passes == 13
+    assert few.graph.passes == 12
 
 
 @pytest.mark.parametrize("order", orders.ORDERS)
@@ -139,9 +139,33 @@ def test_nested_dicts_empty_leaves_and_numbers(order: str) -> None:
     assert (operator @ at)["idle"].tolist() == [0.0, 0.0]
 
 
+class HalfSquare(torch.autograd.Function):
+    """``|x|^2 / 2``; its gradient is x itself, and so a product the vector itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return (x * x).sum() / 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return ctx.saved_tensors[0].view(-1)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return (ctx.saved_tensors[0] * tangent).sum()
+
+
 @pytest.mark.parametrize("order", ["reverse-over-reverse", "linearize", "forward-over-reverse"])
 def test_products_own_their_memory(order: str) -> None:
     for fn, at in (
+        (HalfSquare.apply, POINT),
         (lambda y: (y**2).sum() / 2, POINT),
         (lambda y: (y[0] * y[1]).sum(), (POINT, 2 * POINT)),
         (lambda y: (y["a"] @ y["a"]) / 2 + y["b"].sum(), {"a": POINT, "b": POINT}),

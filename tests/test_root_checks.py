@@ -76,6 +76,16 @@ def test_the_length_of_the_newton_step_is_reported() -> None:
         solve(torch.zeros(6), x).sum().backward()
 
 
+def test_the_newton_step_of_a_nonsymmetric_root() -> None:
+    matrix = torch.tensor([[1.0, 30.0], [0.0, 2.0]])
+    solve = implicit.custom_root(lambda y, a: matrix @ y - a, linear_solver=LU())(
+        lambda init, a: torch.linalg.solve(matrix, a) + torch.tensor([0.0, 0.7])
+    )
+    for differentiate in (grad, lambda f: lambda a: jvp(f, (a,), (a,))):
+        with pytest.warns(ConvergenceWarning, match=r"by 0\.7\."):
+            differentiate(lambda a: solve(torch.zeros(2), a).sum())(torch.ones(2))
+
+
 @pytest.mark.parametrize("units", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("factor", [1e-12, 1.0, 1e12])
 def test_the_test_has_no_units(units: float, factor: float) -> None:
@@ -108,6 +118,16 @@ def test_ill_conditioning_raises_no_false_alarm() -> None:
         b = torch.ones(20, requires_grad=True)
         solve(torch.zeros(20), b).sum().backward()
         torch.testing.assert_close(b.grad, 1 / diagonal)
+
+
+def test_stiff_residuals_do_not_hide_soft_errors() -> None:
+    """The residual is mostly that of a small error in a stiff direction; the large error is in the soft one."""
+    diagonal = torch.tensor([1.0, 1e4])
+    solve = implicit.custom_argmin(lambda y, b: 0.5 * (diagonal * y**2).sum() - (b * y).sum(), linear_solver=LU())(
+        lambda init, b: b / diagonal + torch.tensor([0.5, 0.01])
+    )
+    with pytest.warns(ConvergenceWarning, match=r"by 0\.5"):
+        solve(torch.zeros(2), torch.ones(2, requires_grad=True)).sum().backward()
 
 
 def test_weakly_determined_directions_are_not_overlooked() -> None:

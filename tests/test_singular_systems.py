@@ -55,6 +55,16 @@ def test_semidefinite_systems_with_b_in_the_range(solver) -> None:
     torch.testing.assert_close(found.value, torch.linalg.pinv(matrix, rtol=1e-10) @ b, rtol=0.0, atol=1e-6)
 
 
+def test_gmres_does_not_follow_the_null_space() -> None:
+    """It cannot tell that there is no solution, but comes as near to one as there is, at a sensible size."""
+    matrix, _, outside = singular_systems()
+    best = torch.linalg.pinv(matrix, hermitian=True, rtol=1e-10) @ outside
+    found = GMRES(restart=46).solve(operator("nonsymmetric", matrix), outside)
+    assert not found.success
+    assert found.residual == pytest.approx(float((outside - matrix @ best).norm()), rel=1e-6)
+    assert float(found.value.norm()) < 10 * float(best.norm())
+
+
 @pytest.mark.parametrize("solver", [LSMR, NormalCG], ids=name)
 def test_singular_nonsymmetric_systems(solver) -> None:
     left, right = orthogonal(30, seed=1), orthogonal(30, seed=2)

@@ -1,4 +1,4 @@
-"""Conformance: every operator, solver, preconditioner, minimizer and algorithm of ours passes, in both precisions."""
+"""Conformance: every operator, solver, preconditioner and minimizer of ours passes, in both precisions."""
 
 import inspect
 from collections.abc import Callable
@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import bilevel
 import implicit
-from bilevel.testing import check_algorithm
 from implicit import LinearOperator, LinearSolver, Minimizer, Preconditioner, tree
 from implicit.minimizers import ProjectedObjective
 from implicit.testing import (
@@ -250,20 +248,11 @@ MINIMIZERS: dict[str, tuple[Minimizer[Any], Any]] = {
     "SpectralProjectedGradient": (implicit.SpectralProjectedGradient(), unconstrained),
 }
 
-ALGORITHMS: dict[str, list[tuple[bilevel.Algorithm[Any], tuple[str, ...]]]] = {
-    "ImplicitGradient": [
-        (bilevel.ImplicitGradient(), ("upper_optimizer", "lower_step_size")),
-        (bilevel.ImplicitGradient(keep_hessian=0), ("upper_optimizer", "lower_step_size")),
-    ],
-    "Penalty": [(bilevel.Penalty(rtol=1e-2, lower_steps=3), ())],
-}
-
 OPEN: dict[tuple[str, int], str] = {
     ("Neumann", 0): "the products with the transpose that measure the step are not counted",
     ("Factorization", 0): "the shift of a zero matrix underflows",
     ("Kept", 0): "the shift of a zero matrix underflows",
     ("Nystrom", 1): "a regularizer is refused where there are no unknowns",
-    ("ImplicitGradient", 0): "the kept point of reference loses its containers in a checkpoint",
 }
 """Faults that a check has found; a mark that no longer fails is an error."""
 
@@ -280,17 +269,16 @@ def rows(table: dict[str, list[Any]]) -> list[Any]:
 
 
 TABLES = [
-    (implicit, LinearOperator, OPERATORS),
-    (implicit, LinearSolver, SOLVERS),
-    (implicit, Preconditioner, PRECONDITIONERS),
-    (implicit, Minimizer, MINIMIZERS),
-    (bilevel, bilevel.Algorithm, ALGORITHMS),
+    (LinearOperator, OPERATORS),
+    (LinearSolver, SOLVERS),
+    (Preconditioner, PRECONDITIONERS),
+    (Minimizer, MINIMIZERS),
 ]
 
 
-@pytest.mark.parametrize(("package", "base", "table"), TABLES, ids=[base.__name__ for _, base, _ in TABLES])
-def test_whatever_is_exported_is_in_a_table(package: Any, base: type, table: dict[str, Any]) -> None:
-    found = {name: getattr(package, name) for name in package.__all__}
+@pytest.mark.parametrize(("base", "table"), TABLES, ids=[base.__name__ for base, _ in TABLES])
+def test_whatever_is_exported_is_in_a_table(base: type, table: dict[str, Any]) -> None:
+    found = {name: getattr(implicit, name) for name in implicit.__all__}
     classes = {n for n, c in found.items() if inspect.isclass(c) and issubclass(c, base) and not inspect.isabstract(c)}
     assert classes == set(table)
 
@@ -326,14 +314,6 @@ def test_our_minimizers_conform(name: str, dtype: torch.dtype, request: pytest.F
     minimizer, wrap = MINIMIZERS[name]
     assert type(minimizer).__name__ == name
     check_minimizer(minimizer, wrap=wrap, dtypes=[dtype])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize(("name", "index"), rows(ALGORITHMS))
-def test_our_algorithms_conform(name: str, index: int, dtype: torch.dtype) -> None:
-    algorithm, optional = ALGORITHMS[name][index]
-    assert type(algorithm).__name__ == name
-    check_algorithm(algorithm, optional=optional, dtypes=[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import bilevel
 import implicit
-from bilevel.testing import check_algorithm
 from implicit import LinearOperator, LinearSolver, Preconditioner, State, Status, tree
 from implicit.linear_solvers import FlatSolution
 from implicit.testing import (
@@ -692,8 +690,6 @@ def test_tables_of_ones_own_and_misuse() -> None:
         check_minimizer(implicit.CG())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="method must be an IterativeMethod"):
         check_method(implicit.CG(), None, ())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="algorithm must be an Algorithm"):
-        check_algorithm(implicit.LBFGS())  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- broken preconditioners
@@ -1172,165 +1168,3 @@ def test_solution_maps() -> None:
         check_derivatives(lambda i, p: halving(i, p, b) + 1e-3 * i, init, a)
     with pytest.raises(ConformanceError, match=r"solving raised ZeroDivisionError"):
         check_derivatives(lambda i: 1 / 0, init)
-
-
-# ---------------------------------------------------------------- broken algorithms
-
-
-class NoParentCheck(bilevel.ImplicitGradient):
-    def __post_init__(self) -> None: ...
-
-
-class Surrogate(bilevel.ImplicitGradient):
-    """Confirms whatever it claims itself."""
-
-    def terminate(self, problem: Any, state: Any) -> Status:
-        return Status.CONVERGED if state.step >= 2 else Status.RUNNING
-
-    def assess(self, problem: Any, state: Any, status: Status) -> Any:
-        accuracy, _, message = super().assess(problem, state, status)
-        return replace(accuracy, distance=None), status, message
-
-
-class Flatters(bilevel.ImplicitGradient):
-    def assess(self, problem: Any, state: Any, status: Status) -> Any:
-        accuracy, status, message = super().assess(problem, state, status)
-        return replace(accuracy, stationarity=0.0, hypergradient_error=0.0), status, message
-
-
-class RefusesMutely(bilevel.ImplicitGradient):
-    def refuses(self, problem: Any) -> str | None:
-        return None if problem.lower_set.is_whole_space else "no"
-
-
-class Bypasses(bilevel.ImplicitGradient):
-    def step(self, problem: Any, state: Any) -> Any:
-        problem.upper(state.x, state.y)
-        return super().step(problem, state)
-
-
-class ForgetsReference(bilevel.ImplicitGradient):
-    """A setting changed behind the checkpoint's back."""
-
-    def step(self, problem: Any, state: Any) -> Any:
-        found = super().step(problem, state)
-        seen = state.__dict__.setdefault("_seen", 0) + 1
-        state.__dict__["_seen"] = seen
-        tree.copy_(state.y, tree.scale(1.0 + 1e-13 * seen, state.y))
-        return found
-
-
-class Vague(bilevel.ImplicitGradient):
-    guarantee: ClassVar[str] = "GOOD"
-
-
-class Adjusted(bilevel.ImplicitGradient):
-    """Changes what the accuracy report says."""
-
-    change: ClassVar[dict[str, Any]] = {}
-
-    def assess(self, problem: Any, state: Any, status: Status) -> Any:
-        accuracy, status, message = super().assess(problem, state, status)
-        return replace(accuracy, **self.change), status, message
-
-
-class ClaimsSolvedLower(Adjusted):
-    change: ClassVar[dict[str, Any]] = {"lower_residual": 1.0}
-
-
-class ClaimsNear(Adjusted):
-    rough = True
-    change: ClassVar[dict[str, Any]] = {"distance": 0.0}
-
-    def terminate(self, problem: Any, state: Any) -> Status:
-        return Status.CONVERGED if state.step >= 3 else Status.RUNNING
-
-    def assess(self, problem: Any, state: Any, status: Status) -> Any:
-        accuracy, _, message = super().assess(problem, state, status)
-        return accuracy, Status.CONVERGED, message
-
-
-class RefusesAll(bilevel.ImplicitGradient):
-    def refuses(self, problem: Any) -> str | None:
-        return "not today"
-
-
-class NeverDone(bilevel.ImplicitGradient):
-    def assess(self, problem: Any, state: Any, status: Status) -> Any:
-        accuracy, status, message = super().assess(problem, state, status)
-        return accuracy, Status.STALLED if status is Status.CONVERGED else status, message
-
-
-class NamesNoStop(bilevel.ImplicitGradient):
-    def assess(self, problem: Any, state: Any, status: Status) -> Any:
-        accuracy, status, message = super().assess(problem, state, status)
-        return accuracy, Status.STALLED if status is Status.STOPPED else status, message
-
-
-class NamesNoLimit(bilevel.ImplicitGradient):
-    def assess(self, problem: Any, state: Any, status: Status) -> Any:
-        accuracy, status, message = super().assess(problem, state, status)
-        return accuracy, Status.STALLED if state.step == 1 else status, message
-
-
-class MovesAtOnce(bilevel.ImplicitGradient):
-    def init(self, problem: Any, *start: Any, generator: torch.Generator | None = None) -> Any:
-        return super().init(problem, tree.scale(0.5, start[0]), start[1], generator=generator)
-
-
-class MovesX0(bilevel.ImplicitGradient):
-    def init(self, problem: Any, *start: Any, generator: torch.Generator | None = None) -> Any:
-        state = super().init(problem, *start, generator=generator)
-        for leaf in tree.leaves(start[0]):
-            leaf.add_(1.0)
-        return state
-
-
-class LeavesTheSet(bilevel.ImplicitGradient):
-    def refuses(self, problem: Any) -> str | None:
-        return None
-
-
-class OpaqueMessage(bilevel.ImplicitGradient):
-    def __post_init__(self) -> None:
-        try:
-            super().__post_init__()
-        except ValueError:
-            raise ValueError("bad settings") from None
-
-
-class Swallowing(bilevel.ImplicitGradient):
-    def step(self, problem: Any, state: Any) -> Any:
-        try:
-            return super().step(problem, state)
-        except Exception:
-            state.stalled = True
-            return {}
-
-
-BROKEN_ALGORITHMS: list[tuple[type[bilevel.ImplicitGradient], str]] = [
-    (ClaimsSolvedLower, r"accuracy\.lower_residual is 1, the true one .*; measure it at the point"),
-    (ClaimsNear, r"the status is CONVERGED, but the true hypergradient|accuracy\.distance is 0, but x is .* from the"),
-    (RefusesAll, r"it refuses an unconstrained quadratic problem with a strongly convex lower level: not today"),
-    (NeverDone, r"this problem is easy, but the run ended as STALLED after \d+ steps"),
-    (NamesNoStop, r"a callback that returns True ends the run as STALLED instead of STOPPED"),
-    (NamesNoLimit, r"max_steps=1 ends as STALLED"),
-    (MovesAtOnce, r"max_steps=0 moves x; init may project the start, and nothing more"),
-    (MovesX0, r"the run modifies x0 or y0; init must copy them"),
-    (LeavesTheSet, r"it accepts lower_set, but ends .* outside of it"),
-    (OpaqueMessage, r"rtol=-1\.0 is refused by 'bad settings', which does not name rtol"),
-    (Swallowing, r"it swallows an exception of the objective; let it through"),
-    (NoParentCheck, r"rtol=-1\.0 is accepted; call super\(\)\.__post_init__\(\) in yours"),
-    (Surrogate, r"the status is CONVERGED, but the true hypergradient has norm .*surrogate"),
-    (Flatters, r"accuracy\.stationarity is 0, the true one .*, further apart"),
-    (RefusesMutely, r"it refuses a problem with a lower_set by 'no', which does not name lower_set"),
-    (Bypasses, r"counts\['upper'\] is \d+ after \d+ steps, upper was called \d+ times; call"),
-    (ForgetsReference, r"the resumed run ends with [xy] off by .*; keep everything"),
-    (Vague, r"guarantee is 'GOOD'; state EXACT, BIAS or STATISTICAL"),
-]
-
-
-@pytest.mark.parametrize(("broken", "sentence"), BROKEN_ALGORITHMS, ids=[b.__name__ for b, _ in BROKEN_ALGORITHMS])
-def test_broken_algorithms_fail_by_name(broken: type[bilevel.ImplicitGradient], sentence: str) -> None:
-    with pytest.raises(ConformanceError, match=f"^{broken.__name__}.*: (?:{sentence})"):
-        check_algorithm(broken(keep_hessian=0), optional=("upper_optimizer", "lower_step_size"), dtypes=DOUBLE)

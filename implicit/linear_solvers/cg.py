@@ -70,9 +70,8 @@ class _Rows(Recurrence):
         ap = self.system.apply(self.p)
         curvature = torch.linalg.vecdot(self.p, ap)
         # Below rounding of p.Ap the sign says nothing, and the step would be noise.
-        size = torch.linalg.vector_norm(self.p, dim=1)
-        bad = ~(curvature > self.eps * size * torch.maximum(torch.linalg.vector_norm(ap, dim=1), self.norm * size))
-        self.norm = torch.maximum(self.norm, curvature / size**2)
+        floor = self.eps * torch.linalg.vector_norm(self.p, dim=1) * torch.linalg.vector_norm(ap, dim=1)
+        bad = ~(curvature > floor)
         alpha = torch.where(bad, 0.0, rz / curvature)[:, None]
         self.x.addcmul_(alpha, self.p)
         self.r.addcmul_(alpha, ap, value=-1.0)
@@ -111,7 +110,7 @@ def _single(system: System, start: Tensor, goals: Tensor, limit: int) -> Sweep:
         before = inner
         # The rounding floor of p.Ap costs two norms; it matters only where the Rayleigh quotient collapses.
         doubtful = steps == 0 or not curved > eps**0.5 * largest * size
-        if doubtful and not curved > max(eps * _product_of_norms(p, ap), eps * largest * size):
+        if doubtful and not curved > eps * _product_of_norms(p, ap):
             end = End.INDEFINITE if math.isfinite(curved) else End.NONFINITE
             curvature = curved
             break

@@ -11,9 +11,6 @@ from implicit.linear_solvers.krylov import KrylovSolver
 from implicit.linear_solvers.sweep import End, Recurrence, Sweep, System, safe_divide
 from implicit.operators import LinearOperator
 
-INVARIANT = 10.0
-"""Multiples of eps at which the part of ``A v`` outside the basis, relative to ``||A||``, is zero."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class GMRES(KrylovSolver):
@@ -84,7 +81,6 @@ class _Cycle(Recurrence):
             h = h + part
         self.norm = torch.maximum(self.norm, size)
         rest = torch.linalg.vector_norm(w, dim=1)
-        rest = torch.where(rest > INVARIANT * self.eps * self.norm, rest, 0.0)  # below that the space is invariant
         self.basis[:, j + 1] = safe_divide(w, rest[:, None])
         singular = self._rotate(j, h, rest)
         self.done += 1

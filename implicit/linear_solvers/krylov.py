@@ -184,10 +184,10 @@ class _Run:
         end, before = sweep.ends[place], self.sizes[row]
         finite = math.isfinite(size)
         keep = finite and (size <= before or not (self.solver.monotone or end is End.TARGET))
-        if end is End.NONFINITE or not finite:
-            self.verdict(Status.NONFINITE, "a product with the operator is not finite", row)
-        elif size > self.targets[row]:
-            if end is End.LEAST_SQUARES and keep:
+        if not size <= self.targets[row]:
+            if end is End.NONFINITE or not finite:
+                self.verdict(Status.NONFINITE, "a product with the operator is not finite", row)
+            elif end is End.LEAST_SQUARES and keep:
                 self.judge_fit(row, float(sweep.norm[place]), size, r)
             else:
                 self.judge_end(row, end, size / before, float(sweep.curvature[place]))
