@@ -9,6 +9,7 @@ Conventions: ``g(x, y)`` is a scalar; ``mixed_vjp`` is :math:`\\nabla^2_{xy} g\\
 :math:`\\nabla^2_{yy} g\\, v` from the same reverse pass.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,19 +98,16 @@ class GradientGraph:
         self._outputs = [outputs[i] for i in self.active]
         self.recorded: Recorded | None = None
         self.unrecordable: str | None = None
-        self._traffic: int | None = None
 
-    @property
+    @functools.cached_property
     def obstacle(self) -> str | None:
         """Why second-order products fail or would be wrong, with the cure; None if nothing is known."""
         return self._refused or missing(o.grad_fn for o in self._outputs)
 
-    @property
+    @functools.cached_property
     def traffic(self) -> int:
         """Bytes of the cotangents that flow through the graph in one product."""
-        if self._traffic is None:
-            self._traffic = traffic(o.grad_fn for o in self._outputs)
-        return self._traffic
+        return traffic(o.grad_fn for o in self._outputs)
 
     def record(self) -> None:
         """Record products in y once: ``recorded`` maps active cotangents to their leaves without autograd.

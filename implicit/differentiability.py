@@ -63,10 +63,14 @@ class Evaluation:
         return stack
 
 
-def evaluate(fn: Callable[[], Tensor], variables: Sequence[Tensor]) -> Evaluation:
-    """``fn()`` with its graph, on kernels that can be differentiated twice in ``variables`` (leaves of that graph).
+def evaluate(fn: Callable[[], Tensor], variables: Sequence[Tensor] | None = None) -> Evaluation:
+    """``fn()`` with its graph, on kernels that can be differentiated twice.
 
     The objective is evaluated a second time only where the first evaluation met a kernel that has a substitute.
+
+    Args:
+        fn: the objective, as a function of nothing.
+        variables: the leaves of its graph in which it must be differentiable twice; all of them by default.
     """
     with torch.enable_grad():
         found = Evaluation(fn())
@@ -78,10 +82,12 @@ def evaluate(fn: Callable[[], Tensor], variables: Sequence[Tensor]) -> Evaluatio
                 found = replace(found, value=fn())
             graph = nodes([found.value.grad_fn])
     said: dict[type, str | None] = {kind: _objection(kind) for kind in {type(node) for node in graph}}
-    own = {id(v) for v in variables}
+    own = None if variables is None else {id(v) for v in variables}
     for node in graph:
         # What does not depend on the variables is differentiated once at most.
-        if (why := said[type(node)]) and any(id(getattr(n, "variable", None)) in own for n in nodes([node])):
+        if (why := said[type(node)]) and (
+            own is None or own & {id(getattr(n, "variable", None)) for n in nodes([node])}
+        ):
             return replace(found, obstacle=why)
     return found
 

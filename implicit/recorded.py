@@ -35,6 +35,10 @@ class _Recorder(TorchDispatchMode):
         self.sources: dict[int, Tensor] = {}
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler at the first use, a second or more
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [a for a in tree.leaves((args, kwargs)) if isinstance(a, Tensor)]

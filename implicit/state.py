@@ -104,6 +104,8 @@ def _decode(current: Any, saved: Any, name: str, written: set[int]) -> Any:
     if isinstance(current, Stateful):
         current.load_state_dict(saved)
         return current
+    if current is None and isinstance(saved, list) and any(isinstance(v, Tensor) for v in saved):
+        raise TypeError(f"field {name!r} is a tree whose structure is not known on loading; allocate it in init")
     if current is None or isinstance(current, bool | int | float | str):
         return saved
     if _is_plain(current):

@@ -12,6 +12,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import implicit
 from implicit import ConvergenceWarning, KKTPoint, optimality
+from implicit.kkt import EquilibratedLU
 from implicit.tree import Tree
 from tests.dense import normal
 
@@ -210,6 +211,24 @@ def test_dependent_constraints_are_named() -> None:
     close(jacobian, torch.diag(torch.tensor([1.0, 0.0])))
     with pytest.warns(ConvergenceWarning, match="singular to working precision"):
         close(grad(lambda t: solve(torch.zeros(2), t).y.sum())(theta), torch.tensor([1.0, 0.0]))
+
+
+def test_recovered_multipliers_are_not_negative() -> None:
+    """y = 1 held from both sides: unbounded least squares would share the force between the two with opposite signs."""
+    solve = implicit.custom_kkt(distance, inequality=lambda y, t: torch.stack([y - 1, 1 - y]))(
+        lambda init, theta: torch.ones(())
+    )
+    close(solve(torch.zeros(()), torch.tensor(3.0)).inequality, torch.tensor([2.0, 0.0]))
+    close(solve(torch.zeros(()), torch.tensor(-3.0)).inequality, torch.tensor([0.0, 4.0]))
+
+
+def test_the_scaled_factorization_serves_the_transpose() -> None:
+    matrix = torch.tensor([[1e-9, 2.0, 0.0], [3.0, 1e6, 1.0], [0.0, 5e4, 1e-3]])
+    operator, solver, b = implicit.Dense(matrix, symmetric=False), EquilibratedLU(), normal(91, 3)
+    prepared = solver.init(operator)
+    close(solver.solve(operator, b, prepared=prepared).value, torch.linalg.solve(matrix, b))
+    turned = solver.solve(operator.T, b, prepared=solver.transpose(prepared)).value
+    close(turned, torch.linalg.solve(matrix.T, b))
 
 
 WRONG: dict[str, tuple[Callable[..., Any], str]] = {

@@ -221,7 +221,7 @@ def test_mirror_descent_with_the_euclidean_mirror_is_projected_gradient() -> Non
     close(mirror(y, data), project(y, data))
 
 
-@pytest.mark.parametrize("step", [1.0, {"v": 0.3, "u": 1.0}])
+@pytest.mark.parametrize("step", [1.0, {"v": 0.3, "u": 0.5}])
 def test_blocks(step: Any) -> None:
     """A lasso block and a nonnegative block, coupled; the joint active set solved in closed form."""
     coupling = 0.3 * normal(76, 3, 3)

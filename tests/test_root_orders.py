@@ -333,6 +333,11 @@ def test_vectorized_jacobians() -> None:
         jacrev(lambda a: unrolled(torch.zeros(3), a, B))(A),
     )
     close(hess(lambda a: scalar(solve)(a, B), A, vectorize=True), hessian(scalar(unrolled))(A, B))
+    pair = implicit.custom_root(lambda y, a: {"u": 2 * y["u"] - a, "v": y["v"] + y["u"]})(
+        lambda init, a: {"u": a / 2, "v": -a / 2}
+    )
+    init = {"u": torch.zeros(3), "v": torch.zeros(3)}
+    close(jacobian(lambda a: pair(init, a)["v"], A, vectorize=True), -0.5 * torch.eye(3))
 
 
 def test_forward_over_forward_raises() -> None:

@@ -226,6 +226,25 @@ def test_a_resumed_run_keeps_the_same_matrix(name: str, at: int, tmp_path: Path)
     assert resumed.counts == whole.counts
 
 
+def test_a_resumed_run_on_trees_keeps_the_same_matrix(tmp_path: Path) -> None:
+    def joined(x: Tree, y: Tree) -> Tensor:
+        return logistic(x, torch.cat([y["b"], y["a"][0]]))
+
+    problem = BilevelProblem(
+        lambda x, y: upper(x, torch.cat([y["b"], y["a"][0]])),
+        joined,
+        regularizer=lambda x, y: 0.5 * (torch.exp(x[:4]) * y["b"] ** 2).sum() + 0.05 * (y["a"][0] ** 2).sum(),
+    )
+    start = X0.clone(), {"a": [torch.zeros(8)], "b": torch.zeros(4)}
+    path = tmp_path / "run.pt"
+    bilevel.solve(problem, ImplicitGradient(), *start, max_steps=2, callbacks=[bilevel.SaveCheckpoint(path, every=1)])
+    resumed = bilevel.solve(problem, checkpoint=bilevel.load_checkpoint(path), max_steps=5)
+    whole = bilevel.solve(problem, ImplicitGradient(), *start, max_steps=5)
+    assert "12 x 12 Hessian of the data term was kept" in whole.message
+    assert torch.equal(resumed.x, whole.x) and torch.equal(tree.ravel(resumed.y), tree.ravel(whole.y))
+    assert resumed.counts == whole.counts
+
+
 @pytest.mark.parametrize("algorithm", [bilevel.Penalty(), ImplicitGradient(keep_hessian=0)])
 def test_every_algorithm_sees_the_regularizer(algorithm: Any) -> None:
     declared = BilevelProblem(upper, squares, regularizer=penalties)

@@ -12,7 +12,6 @@ import implicit
 from implicit import LinearOperator, LinearSolver, Minimizer, Preconditioner, tree
 from implicit.minimizers import ProjectedObjective
 from implicit.testing import (
-    ConformanceError,
     check_linear_solver,
     check_minimizer,
     check_operator,
@@ -248,23 +247,12 @@ MINIMIZERS: dict[str, tuple[Minimizer[Any], Any]] = {
     "SpectralProjectedGradient": (implicit.SpectralProjectedGradient(), unconstrained),
 }
 
-OPEN: dict[tuple[str, int], str] = {
-    ("Neumann", 0): "the products with the transpose that measure the step are not counted",
-    ("Factorization", 0): "the shift of a zero matrix underflows",
-    ("Kept", 0): "the shift of a zero matrix underflows",
-    ("Nystrom", 1): "a regularizer is refused where there are no unknowns",
-}
-"""Faults that a check has found; a mark that no longer fails is an error."""
-
-
 def rows(table: dict[str, list[Any]]) -> list[Any]:
     """Every row of a table by name and position."""
     found = []
     for name, entries in table.items():
         for index in range(len(entries)):
-            reason = OPEN.get((name, index))
-            marks = [] if reason is None else [pytest.mark.xfail(reason=reason, raises=ConformanceError)]
-            found.append(pytest.param(name, index, id=f"{name}-{index}", marks=marks))
+            found.append(pytest.param(name, index, id=f"{name}-{index}"))
     return found
 
 
@@ -307,10 +295,7 @@ def test_our_preconditioners_conform(name: str, index: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", list(MINIMIZERS))
-def test_our_minimizers_conform(name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    if name == "SpectralProjectedGradient" and dtype is torch.float32:
-        reason = "x - P(x - grad) rounds to zero where x has run off to 1e12"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=ConformanceError))
+def test_our_minimizers_conform(name: str, dtype: torch.dtype) -> None:
     minimizer, wrap = MINIMIZERS[name]
     assert type(minimizer).__name__ == name
     check_minimizer(minimizer, wrap=wrap, dtypes=[dtype])

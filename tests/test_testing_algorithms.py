@@ -23,20 +23,12 @@ ALGORITHMS: dict[str, list[tuple[bilevel.Algorithm[Any], tuple[str, ...]]]] = {
     "Penalty": [(bilevel.Penalty(rtol=3e-2, lower_steps=3, check_every=5), ())],
 }
 
-OPEN: dict[tuple[str, int], str] = {
-    ("ImplicitGradient", 0): "the kept point of reference loses its containers in a checkpoint",
-}
-"""Faults that a check has found; a mark that no longer fails is an error."""
-
-
 def rows() -> list[Any]:
     """Every row of the table by name and position."""
     found = []
     for name, entries in ALGORITHMS.items():
         for index in range(len(entries)):
-            reason = OPEN.get((name, index))
-            marks = [] if reason is None else [pytest.mark.xfail(reason=reason, raises=ConformanceError)]
-            found.append(pytest.param(name, index, id=f"{name}-{index}", marks=marks))
+            found.append(pytest.param(name, index, id=f"{name}-{index}"))
     return found
 
 

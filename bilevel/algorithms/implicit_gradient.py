@@ -211,7 +211,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             return state
         assert self.keep_hessian is not None and self.lower_solver is not None
         if tree.size(y) <= self.keep_hessian and self.lower_solver.needs_graph:
-            state.kept = KeptState()
+            state.kept = KeptState(x=tree.clone(x), y=tree.clone(y))
         state.lower_reference = float(tree.norm(Oracle.full(problem, state.counts).graph(x, y).gradient))
         found = self._evaluate(problem, state, state.x)
         if found is not None:

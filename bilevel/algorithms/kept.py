@@ -30,14 +30,16 @@ class KeptState(State):
     """Which point the kept Hessian belongs to, and what was spent since; the matrices are rebuilt from it on resuming.
 
     Attributes:
-        x, y: the point of reference, or None before there is one.
+        x, y: the point of reference, which means nothing before ``placed``.
+        placed: whether there is one.
         spent: products beyond the usual ones.
         searched: whether the data term was tried as a quadratic form.
         note: what was found, one sentence; ``off`` if nothing can be kept.
     """
 
-    x: Tree = None
-    y: Tree = None
+    x: Tree
+    y: Tree
+    placed: bool = False
     spent: int = 0
     searched: bool = False
     off: bool = False
@@ -80,7 +82,7 @@ class KeptLower:
                 n = len(form.vector)
                 state.form, state.hessian = form, KeptHessian(form.matrix, declared=True)
                 state.note = f"the quadratic data term was replaced by its {n} x {n} matrix"
-        if state.hessian is None and state.x is not None:
+        if state.hessian is None and state.placed:
             state.hessian = self._matrix(oracle, state.x, state.y)
 
     def _matrix(self, oracle: Oracle, x: Tree, y: Tree) -> KeptHessian | None:
@@ -102,7 +104,7 @@ class KeptLower:
         if state.hessian is None:
             state.off, state.note = True, ""
         else:
-            state.x, state.y = tree.clone(x), tree.clone(y)
+            state.x, state.y, state.placed = tree.clone(x), tree.clone(y), True
             what = "data term" if self.declared else "lower objective, which is quadratic in y,"
             state.note = f"the {n} x {n} Hessian of the {what} was kept between steps"
 

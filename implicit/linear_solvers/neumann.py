@@ -92,7 +92,12 @@ def _norm(operator: LinearOperator) -> float:
     """The largest singular value, or a little more."""
     if operator.symmetric and operator.positive_definite:
         return lanczos(operator, steps=PROBES).ceiling
-    return lanczos(_Gram(operator), steps=PROBES).ceiling ** 0.5
+    gram = _Gram(operator)
+    before = gram.transposed.products
+    norm = lanczos(gram, steps=PROBES).ceiling ** 0.5
+    if gram.transposed is not operator:  # it keeps a count of its own
+        operator.products += gram.transposed.products - before
+    return norm
 
 
 class _Gram(LinearOperator):
@@ -102,7 +107,7 @@ class _Gram(LinearOperator):
 
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator.like)
-        self._operator, self._transposed = operator, operator.T
+        self.operator, self.transposed = operator, operator.T
 
     def mv(self, v: Tree) -> Tree:
-        return self._transposed @ (self._operator @ v)
+        return self.transposed @ (self.operator @ v)

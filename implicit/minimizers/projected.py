@@ -24,8 +24,14 @@ class ProjectedObjective:
         return self.objective(point)
 
     def residual(self, point: Tensor, gradient: Tensor) -> Tensor:
-        """``x - P(x - grad)``: zero exactly at stationary points."""
-        return point - self.project(point - gradient)
+        """``(x - P(x - s grad)) / s``: zero exactly at stationary points.
+
+        s is 1, unless a step of that length would vanish in the rounding of x.
+        """
+        floor = torch.finfo(point.dtype).eps ** 0.5 * float(torch.linalg.vector_norm(point))
+        size = float(torch.linalg.vector_norm(gradient))
+        s = floor / size if 0.0 < size < floor else 1.0
+        return (point - self.project(point - s * gradient)) / s
 
 
 @dataclass(kw_only=True)

@@ -76,7 +76,7 @@ class Jacobian(LinearOperator):
         self.order: Order = order
         self._y = tree.variables(y)
         self._outputs: Tree = None
-        self._evaluation = evaluate(self._total)
+        self._evaluation = evaluate(self._total, tree.leaves(self._y))
         self.value, self.notes = tree.detach(self._outputs), self._evaluation.notes
         self._range = tree.structure(self.value)
         self._push: Products | None = None

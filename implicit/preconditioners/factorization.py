@@ -50,9 +50,11 @@ class Factorization(Keepable):
 def _factor(matrix: Tensor) -> Tensor:
     n = len(matrix)
     # What is not finite is the solver's to report: it meets the same products.
-    if not n or not bool(torch.isfinite(matrix).all()):
+    if not n or not bool(torch.isfinite(matrix).all() & matrix.any()):
         return torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-    shift = 1e-3 * max(float(matrix.diagonal().abs().mean()), float(torch.finfo(matrix.dtype).tiny))
+    # A diagonal that is zero, or next to it, says nothing about the size of A.
+    scale = max(float(matrix.diagonal().abs().mean()), torch.finfo(matrix.dtype).eps * float(matrix.abs().amax()))
+    shift = 1e-3 * scale
     factor, info = torch.linalg.cholesky_ex(matrix)
     while int(info) != 0 or _singular(factor):
         shifted = matrix.clone()

@@ -103,7 +103,7 @@ class Nystrom(Keepable):
 
 def _filled(diagonal: Tensor) -> Tensor:
     positive = diagonal > 0
-    if not bool(positive.any()):
+    if diagonal.numel() and not bool(positive.any()):
         raise ValueError("the regularizer's Hessian is zero; leave regularizer=None")
     return torch.where(positive, diagonal, diagonal[positive].mean())
 
