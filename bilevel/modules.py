@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.problem import BilevelProblem
-from implicit import tree
+from implicit import ModuleObjective, tree
 from implicit.tree import Tree
 
 Level = nn.Module | Tree
@@ -38,14 +38,14 @@ class ModuleProblem(BilevelProblem):
 
 
 class _Bound:
-    """A module with given parameters; buffers are cloned per call, so that in-place updates stay out of the graph."""
+    """A module with given parameters, which the losses can also read."""
 
-    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        self.module, self.parameters = module, parameters
+    def __init__(self, owner: ModuleObjective, parameters: Mapping[str, Tensor]) -> None:
+        self.module, self.parameters = owner.module, parameters
+        self._net = owner.bind(dict(parameters))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        buffers = {name: value.clone() for name, value in self.module.named_buffers()}
-        return torch.func.functional_call(self.module, (dict(self.parameters), buffers), args, kwargs)
+        return self._net(*args, **kwargs)
 
 
 def from_modules(
@@ -82,10 +82,11 @@ def from_modules(
     """
     starts = (_variables(upper, "upper"), _variables(lower, "lower"))
     modules = tuple(level if isinstance(level, nn.Module) else None for level in (upper, lower))
+    owners = [ModuleObjective(module, lower_loss) if module is not None else None for module in modules]
 
     def bind(loss: Loss) -> Loss:
         def objective(x: Tree, y: Tree, **batch: Any) -> Any:
-            bound = [_Bound(m, p) if m is not None else p for m, p in zip(modules, (x, y), strict=True)]
+            bound = [_Bound(o, p) if o is not None else p for o, p in zip(owners, (x, y), strict=True)]
             return loss(*bound, **batch)
 
         objective.__signature__ = _signature(loss)  # type: ignore[attr-defined]

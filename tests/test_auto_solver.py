@@ -29,6 +29,12 @@ def test_the_choice_follows_what_is_declared(kind, n, expected, reason) -> None:
     assert relative(matrix, found.value, b) <= 1e-9
 
 
+def test_the_limit_itself_is_still_small() -> None:
+    acting = Counting(torch.eye(12))
+    assert isinstance(AutoSolver(dense_size=12).choose(acting)[0], Cholesky)
+    assert isinstance(AutoSolver(dense_size=11).choose(acting)[0], CG)
+
+
 def test_a_matrix_that_is_there_already_is_factorised_up_to_a_larger_size() -> None:
     for n, expected in ((20, LDLT), (30, MINRES)):
         matrix = MATRICES["indefinite"](n, 8.0)

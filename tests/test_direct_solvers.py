@@ -140,6 +140,14 @@ def test_exact_zeros_on_the_diagonal(solver) -> None:
     assert (zero.status, float(zero.value.norm())) == (Status.STALLED, 0.0)
 
 
+def test_a_pivot_at_rounding_level_is_noticed_although_cholesky_succeeds() -> None:
+    matrix = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2.3e-16]])
+    assert int(torch.linalg.cholesky_ex(matrix)[1]) == 0
+    with pytest.warns(ConvergenceWarning, match="rank 1 of 2"):
+        found = Cholesky().solve(Dense(matrix), torch.tensor([2.0, 2.0]))
+    torch.testing.assert_close(found.value, torch.ones(2))
+
+
 @pytest.mark.parametrize("solver", KIND, ids=name)
 def test_a_matrix_that_is_only_badly_scaled_is_solved(solver) -> None:
     matrix = torch.diag(torch.tensor([1.0, 1e-20]))

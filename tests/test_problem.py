@@ -139,7 +139,7 @@ def test_sets_that_do_not_fit() -> None:
 
 def test_a_random_objective_is_refused() -> None:
     noisy = torch.nn.Dropout(0.5)
-    problem = BilevelProblem(f, lambda x, y: g(x, y) + noisy(torch.ones(50)).sum())
+    problem = BilevelProblem(f, lambda x, y: g(x, y) + noisy(torch.linspace(1, 2, 50)).sum())
     with pytest.raises(ValueError, match=r"lower is random: two evaluations.*\.eval\(\)"):
         problem.validate(X0, Y0)
 

@@ -114,6 +114,16 @@ def test_a_least_squares_answer_says_so() -> None:
     assert short.status is Status.STEP_LIMIT
 
 
+@pytest.mark.parametrize("solver", [LSMR, NormalCG], ids=name)
+def test_the_worst_row_decides_the_status(solver) -> None:
+    matrix = torch.cat([torch.diag(torch.linspace(1.0, 9.0, 8)), torch.zeros(1, 8)])
+    quick, slow = torch.eye(9)[0] + torch.eye(9)[8], torch.ones(9)
+    found = solver(max_steps=3).solve(Dense(matrix), torch.stack([quick, slow]), batched=True)
+    assert (found.status, found.steps) == (Status.STEP_LIMIT, 3)
+    torch.testing.assert_close(found.value[0], torch.eye(8)[0])
+    assert solver(max_steps=3).solve(Dense(matrix), quick).message.startswith("least-squares solution in 1 steps")
+
+
 def test_rectangular_operators_between_trees() -> None:
     like, out = {"a": torch.zeros(2), "b": torch.zeros(())}, {"r": torch.zeros(2, 2)}
     matrix = normal(4, 3, seed=8)

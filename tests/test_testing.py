@@ -247,6 +247,7 @@ MINIMIZERS: dict[str, tuple[Minimizer[Any], Any]] = {
     "SpectralProjectedGradient": (implicit.SpectralProjectedGradient(), unconstrained),
 }
 
+
 def rows(table: dict[str, list[Any]]) -> list[Any]:
     """Every row of a table by name and position."""
     found = []

@@ -23,6 +23,7 @@ ALGORITHMS: dict[str, list[tuple[bilevel.Algorithm[Any], tuple[str, ...]]]] = {
     "Penalty": [(bilevel.Penalty(rtol=3e-2, lower_steps=3, check_every=5), ())],
 }
 
+
 def rows() -> list[Any]:
     """Every row of the table by name and position."""
     found = []

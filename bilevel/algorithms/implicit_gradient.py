@@ -356,11 +356,11 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             else (Status.STALLED if state.stalled else Status.RUNNING)
         )
 
-    def _limit(self, state: ImplicitGradientState) -> float:
+    def _limit(self, state: ImplicitGradientState, *, last: bool = False) -> float:
         """The tolerance. Relative to the first stationarity, which a warm start can make unreachably small: a run that
-        can go no further is measured against the terms that cancel in h instead."""
+        can go no further, and the last look at its end, are measured against the terms that cancel in h as well."""
         assert self.rtol is not None
-        return max(self.atol, self.rtol * max(state.reference, state.scale if state.stalled else 0.0))
+        return max(self.atol, self.rtol * max(state.reference, state.scale if state.stalled or last else 0.0))
 
     def merit(self, problem: BilevelProblem) -> str | None:
         """F on full data; a minibatch's value says too little."""
@@ -407,7 +407,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             hyper = ImplicitMap(problem, oracle, state.y, found.adjoint, self.linear_solver, state.lower_reference)
         distance, note = distance_to_solution(problem, hyper, state.x, found.value, budget)
         accuracy = replace(accuracy, distance=distance, notes=accuracy.notes + ((note,) if note else ()))
-        limit = self._limit(state)
+        limit = self._limit(state, last=True)
         measured = (accuracy.stationarity or 0.0) + (accuracy.hypergradient_error or 0.0)
         if status is Status.CONVERGED and (saddle := saddle_note(accuracy)) is not None:
             return accuracy, Status.STALLED, f"{saddle}; start y elsewhere"

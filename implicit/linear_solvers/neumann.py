@@ -28,7 +28,8 @@ class Neumann(KrylovSolver):
         rtol: relative tolerance on the true residual; None means ``sqrt(eps)`` of the dtype.
         atol: absolute tolerance on the true residual.
         max_steps: number of terms; None means ``10 n``.
-        step: the factor of A; None measures ``1 / ||A||`` with 20 products of Lanczos. Small enough to converge on any
+        step: the factor of A; None measures ``1 / ||A||`` by 20 steps of Lanczos, on A if it is symmetric
+            positive definite, else on ``A^T A``. Small enough to converge on any
             operator whose symmetric part is positive enough, and on every symmetric positive definite one.
 
     Example:
