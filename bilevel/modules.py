@@ -92,7 +92,7 @@ def from_modules(
         objective.__signature__ = _signature(loss)  # type: ignore[attr-defined]
         return objective
 
-    if declaration.get("regularizer") is not None:
+    if callable(declaration.get("regularizer")):
         declaration = {**declaration, "regularizer": bind(declaration["regularizer"])}
     return ModuleProblem(
         bind(upper_loss), bind(lower_loss), start=starts, modules=(modules[0], modules[1]), **declaration

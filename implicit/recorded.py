@@ -49,7 +49,7 @@ class _Recorder(TorchDispatchMode):
                 self.seen[id(a)] = self.sources[id(a)] = a
         depends = any(id(a) in self.dependent for a in given)
         if depends:
-            self._check(func, args)
+            self._check(func, args, kwargs)
         out = func(*args, **kwargs)
         outputs = [o for o in tree.leaves(out) if isinstance(o, Tensor)]
         if depends and (not outputs or any(not isinstance(o, Tensor | None) for o in tree.leaves(out))):
@@ -64,12 +64,13 @@ class _Recorder(TorchDispatchMode):
                 self.fresh.update(id(o) for o in outputs)
         return out
 
-    def _check(self, func: Any, args: tuple[Any, ...]) -> None:
+    def _check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Unrecordable(f"{func} draws random numbers")
         if not func._schema.is_mutable:
             return
-        for declared, value in zip(func._schema.arguments, args, strict=False):
+        for place, declared in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(declared.name)
             written = declared.alias_info is not None and declared.alias_info.is_write
             if written and not all(id(v) in self.fresh for v in tree.leaves(value)):
                 raise Unrecordable(f"{func} writes into memory that it shares")
@@ -113,6 +114,8 @@ class Recorded:
             RuntimeError: if torch cannot batch one of the operations.
         """
         self._require_unchanged()
+        if not tensors:
+            return [None] * len(self._nonzero)
         with torch.no_grad():
             found = iter(torch.func.vmap(lambda *v: tuple(o for o in self._run(*v) if o is not None))(*tensors))
         return [next(found) if k else None for k in self._nonzero]
@@ -181,7 +184,7 @@ class _Code:
             body += [line] + ([f"del {', '.join(dead[position])}"] if position in dead else [])
         text = "\n    ".join([f"def run({signature}):", *body, f"return [{', '.join(results)}]"])
         exec(text, self.scope)
-        return self.scope["run"]
+        return self.scope.pop("run")  # a function in its own globals would be a cycle that holds the constants
 
 
 def _transposes(func: Any, args: tuple[Any, ...]) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from implicit import tree
-from implicit.derivatives import GradientGraph, ScalarFunction, require_scalar
+from implicit.derivatives import GradientGraph, ScalarFunction, require_scalar, value_and_gradient
 from implicit.linear_solvers.base import Apply, Preconditioner
 from implicit.operators import Hessian, LinearOperator
 from implicit.tree import Tree
@@ -26,22 +26,34 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class QuadraticForm:
-    """``q(y) = y^T A y / 2 + b^T y + c`` over trees, a function of y to differentiate like any other.
+    """``q(y) = d^T A d / 2 + b^T d + c`` with ``d = y - center``, over trees; to differentiate like any other function.
 
     Attributes:
         matrix: A, shape ``(n, n)``, symmetric.
-        vector: b, shape ``(n,)``.
-        constant: c, a 0-d tensor.
+        vector: b, shape ``(n,)``, the gradient at the center.
+        constant: c, a 0-d tensor, the value there.
+        center: shape ``(n,)``. Values far below c drown in its rounding: :meth:`recentred` moves it.
     """
 
     matrix: Tensor
     vector: Tensor
     constant: Tensor
+    center: Tensor
 
     def __call__(self, y: Tree) -> Tensor:
         """q(y)."""
-        flat = tree.ravel(y)
-        return 0.5 * torch.dot(flat, self.matrix @ flat) + torch.dot(self.vector, flat) + self.constant
+        d = tree.ravel(y) - self.center
+        return 0.5 * torch.dot(d, self.matrix @ d) + torch.dot(self.vector, d) + self.constant
+
+    def recentred(self, fn: ScalarFunction, y: Tree) -> "QuadraticForm | None":
+        """The same form around y, with value and gradient of ``fn`` there; None where they contradict it."""
+        value, gradient = value_and_gradient(fn, y)
+        d, vector = tree.ravel(y) - self.center, tree.ravel(gradient)
+        pulled = self.matrix @ d
+        scale = torch.linalg.vector_norm(pulled) + torch.linalg.vector_norm(self.vector)
+        if not _close(vector, pulled + self.vector, scale):
+            return None
+        return QuadraticForm(self.matrix, vector, value, tree.ravel(y).clone())
 
     @classmethod
     def find(cls, fn: ScalarFunction, y: Tree) -> "QuadraticForm | None":
@@ -67,12 +79,13 @@ class QuadraticForm:
         try:
             graphs = [GradientGraph(lambda _, q: fn(q), (), point) for point in (origin, *points)]
             pulled = [Hessian.of(graph).flat_mv(probe) for graph in graphs]
-        except (RuntimeError, ValueError, ArithmeticError):  # outside its domain, or not twice differentiable
+            if not all(_close(other, pulled[0], torch.linalg.vector_norm(pulled[0])) for other in pulled[1:]):
+                return None
+            matrix = Hessian.of(graphs[0]).to_dense(CHUNK)
+        except Exception:  # outside its domain a function may raise anything; or it is not twice differentiable
             return None
-        if not all(_close(other, pulled[0], torch.linalg.vector_norm(pulled[0])) for other in pulled[1:]):
-            return None
-        matrix = Hessian.of(graphs[0]).to_dense(CHUNK)
-        form = cls(0.5 * (matrix + matrix.T), tree.ravel(graphs[0].gradient), graphs[0].value)
+        zero = torch.zeros_like(probe)
+        form = cls(0.5 * (matrix + matrix.T), tree.ravel(graphs[0].gradient), graphs[0].value, zero)
         for point, graph in zip(points, graphs[1:], strict=True):
             linear = form.matrix @ tree.ravel(point)
             scale = torch.linalg.vector_norm(linear) + torch.linalg.vector_norm(form.vector)
@@ -96,9 +109,9 @@ class FormGraph(GradientGraph):
         own = tree.leaves(self.y)
         self.active = list(range(len(own)))
         self._own = {id(leaf): place for place, leaf in enumerate(own)}
-        flat = tree.ravel(tree.detach(y))
-        product = form.matrix @ flat
-        self.value = self.rest.value + torch.dot(flat, torch.add(form.vector, product, alpha=0.5)) + form.constant
+        d = tree.ravel(tree.detach(y)) - form.center
+        product = form.matrix @ d
+        self.value = self.rest.value + torch.dot(d, torch.add(form.vector, product, alpha=0.5)) + form.constant
         self.gradient = tree.add(tree.unravel(product + form.vector, self.rest.gradient), self.rest.gradient)
 
     @functools.cached_property
@@ -192,10 +205,12 @@ class KeptHessian:
             graph: of the regularizer, or of the whole objective where none is declared.
 
         Returns:
-            The preconditioner; None where matrix plus diagonal is not positive definite; a sentence where the
-            Hessian differs from the kept one by more than a diagonal.
+            The preconditioner; None where matrix plus diagonal is not positive definite and finite; a sentence where
+            the Hessian differs from the kept one by more than a diagonal.
         """
         found = Hessian.of(graph).flat_mm(self.probes)
+        if not bool(torch.isfinite(found).all()):
+            return None
         change = found if self.declared else found - self.pulled
         diagonal, probe = change[0], self.probes[1]
         gap = torch.linalg.vector_norm(change[1] - diagonal * probe)

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -439,3 +440,25 @@ def test_mixed_derivatives_refuse_what_is_no_objective() -> None:
         MixedDerivative(lambda p, q: 1.0, torch.ones(2), torch.ones(2)) @ torch.ones(2)
     with pytest.raises(ValueError, match=r"domain has dtype torch.float64, its range torch.float32"):
         MixedDerivative(lambda p, q: q.sum(), torch.ones(2, dtype=torch.float32), torch.ones(2))
+
+
+class _Frozen(torch.autograd.Function):
+    """A square whose backward pass hides its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            return 2 * x * cotangents[0]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_jacobian_is_not_zero_because_there_are_many_inputs(seed: int) -> None:
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="disagrees with the transpose"):
+        Jacobian(_Frozen.apply, x, order="reverse") @ torch.ones_like(x)

@@ -1,5 +1,9 @@
 """Which order a Hessian product is differentiated in, what torch cannot differentiate, and recorded products."""
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -516,3 +520,64 @@ def test_other_errors_are_left_alone() -> None:
     graph = GradientGraph(lambda _, y: (Odd.apply(y) ** 2).sum(), (), POINT)
     with pytest.raises(RuntimeError, match="odd"):
         graph.hvp(POINT)
+
+
+class _Through(torch.autograd.Function):
+    """``M x`` by numpy, which no record can see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(matrix)
+        return torch.from_numpy(matrix.numpy() @ x.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        (matrix,) = ctx.saved_tensors
+        return _Through.apply(cotangents[0], matrix.T.contiguous()), None
+
+
+def test_a_record_that_misses_a_small_part_is_not_used() -> None:
+    matrix = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+
+    def fn(y: Tensor) -> Tensor:
+        return 1e12 * y[0] ** 2 + (_Through.apply(y[1:], matrix) ** 2).sum()
+
+    operator, v = Hessian(fn, torch.ones(6)), torch.cat([torch.zeros(1), torch.ones(5)])
+    expected = 2 * matrix.T @ (matrix @ v[1:])
+    for _ in range(60):
+        found = operator @ v
+    assert operator.order == "reverse-over-reverse"
+    torch.testing.assert_close(found[1:], expected)
+
+
+def test_a_recorded_affine_objective_takes_blocks() -> None:
+    operator = Hessian(lambda y: y.sum(), torch.ones(5), order="linearize")
+    assert torch.equal(operator @ torch.ones(6, 5), torch.zeros(6, 5))
+
+
+def test_a_record_is_released_with_its_operator() -> None:
+    operator = Hessian(lambda y: (y**4).sum(), torch.ones(50), order="linearize")
+    record = weakref.ref(operator.graph.recorded)
+    gc.collect()
+    gc.disable()
+    try:
+        del operator
+        assert record() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda y: (F.embedding_bag(torch.tensor([[0, 1], [2, 3]]), y, mode="mean") ** 3).sum(),
+        lambda y: torch.cdist(y, torch.ones(4, 3)).sum(),
+    ],
+    ids=["embedding_bag", "cdist"],
+)
+def test_operations_without_a_second_backward_pass_go_to_differences(fn: Any) -> None:
+    y = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    operator = Hessian(fn, y)
+    assert operator.order == "finite-difference"
+    with pytest.raises(ValueError, match="no second derivative in torch"):
+        Hessian(fn, y, order="reverse-over-reverse")

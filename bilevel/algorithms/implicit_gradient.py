@@ -24,7 +24,7 @@ from bilevel.accuracy import (
     stationarity,
 )
 from bilevel.algorithms.base import Algorithm, BilevelState, require_positive, require_positive_int
-from bilevel.algorithms.kept import DEFAULT_SIZE, KeptLower, KeptState, Reused, preconditioned
+from bilevel.algorithms.kept import DEFAULT_SIZE, KeptLower, KeptState, Reused, preconditioned, takes_factor
 from bilevel.algorithms.minibatch import MinibatchState, init_minibatch, soba_step
 from bilevel.measure import measure_curvature
 from bilevel.oracle import Oracle
@@ -45,6 +45,9 @@ from implicit.hypergradient import hypergradient
 from implicit.iterate import Values
 from implicit.minimizers import Evaluation, ProjectedObjective, expanded_objective, gradient_objective, graph_objective
 from implicit.tree import Tree
+
+UNSOLVED = 0.1
+"""Relative residual of the adjoint system from which on its solution is none."""
 
 
 @dataclass(kw_only=True)
@@ -143,14 +146,20 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         super().__post_init__()
         require_positive_int(self, "lower_steps")
         require_positive(self, "lower_step_size", "lower_decay")
-        if self.keep_hessian is not None and (not isinstance(self.keep_hessian, int) or self.keep_hessian < 0):
-            raise ValueError(f"keep_hessian must be None or an integer >= 0, got {self.keep_hessian!r}")
+        keep = self.keep_hessian
+        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
+            raise ValueError(f"keep_hessian must be None or an integer >= 0, got {keep!r}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         if self.lower_solver is not None and not isinstance(self.lower_solver, Minimizer):
             raise TypeError(f"lower_solver must be a Minimizer such as NewtonCG(), got {self.lower_solver!r}")
         if self.linear_solver is not None and not isinstance(self.linear_solver, LinearSolver):
             raise TypeError(f"linear_solver must be a LinearSolver such as CG(), got {self.linear_solver!r}")
+        if keep and not takes_factor(self.lower_solver, self.linear_solver):
+            raise ValueError(
+                f"keep_hessian={keep} preconditions NewtonCG and CG, here the solvers are {self.lower_solver!r} and "
+                f"{self.linear_solver!r}: leave keep_hessian=None, or these without preconditioners of their own"
+            )
         if self.upper_optimizer is not None:
             if not (isinstance(self.upper_optimizer, type) and issubclass(self.upper_optimizer, torch.optim.Optimizer)):
                 raise TypeError(f"upper_optimizer must be a torch.optim class, got {self.upper_optimizer!r}")
@@ -210,7 +219,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             state.minibatch = init_minibatch(problem, state, self.step_size)
             return state
         assert self.keep_hessian is not None and self.lower_solver is not None
-        if tree.size(y) <= self.keep_hessian and self.lower_solver.needs_graph:
+        if tree.size(y) <= self.keep_hessian and tree.common_dtype(y) in (torch.float32, torch.float64):
             state.kept = KeptState(x=tree.clone(x), y=tree.clone(y))
         state.lower_reference = float(tree.norm(Oracle.full(problem, state.counts).graph(x, y).gradient))
         found = self._evaluate(problem, state, state.x)
@@ -249,10 +258,14 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             objective = Reused(objective, first)
             lower_solver, linear_solver = preconditioned(lower_solver, linear_solver, kept.preconditioner(first.extra))
         lower, status = lower_solver.run(objective, flat, state.lower_reference)
+        state.counts["products"] += (spent := getattr(lower, "products", 0))
         if status is Status.NONFINITE:
             state.failure = "the lower objective or its gradient became non-finite"
             return None
         y = tree.unravel(lower.point, state.y)
+        if kept is not None and kept.settle(y):
+            state.hypergradients -= 1
+            return self._evaluate(problem, state, x)
         found = hypergradient(
             oracle.upper,
             oracle.lower,
@@ -263,12 +276,14 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             graph=lower.extra,
             accuracy=False,
         )
-        products = getattr(lower, "products", 0) + found.linear.products + 1
-        state.counts["products"] += products
+        state.counts["products"] += found.linear.products + 1
         if kept is not None:
-            kept.account(products, y)
+            kept.account(spent + found.linear.products + 1, y)
         if found.linear.status.is_failure:
             state.failure = f"{found.linear.status.name}: {found.linear.message}"
+            return None
+        if not found.linear.relative_residual <= UNSOLVED:
+            state.failure = f"{Status.LINEAR_SOLVE_FAILED.name}: {found.linear.message}"
             return None
         # f alone errs in first order of the lower error, which line searches would feel; this errs in second order.
         value = found.upper_value - float(tree.ravel(found.adjoint) @ lower.gradient)

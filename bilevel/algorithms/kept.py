@@ -24,14 +24,18 @@ DEFAULT_SIZE = 1_000
 USUAL = 8
 """Products that a solve with a fresh factor needs anyway; only those beyond it speak for a new one."""
 
+SHRUNK = 0.25
+"""A value of the form below this share of that at its center moves the center."""
+
 
 @dataclass(kw_only=True)
 class KeptState(State):
     """Which point the kept Hessian belongs to, and what was spent since; the matrices are rebuilt from it on resuming.
 
     Attributes:
-        x, y: the point of reference, which means nothing before ``placed``.
+        x, y: the point of reference (of a quadratic form: its center), which means nothing before ``placed``.
         placed: whether there is one.
+        refused: whether a quadratic form was found and turned out to be none.
         spent: products beyond the usual ones.
         searched: whether the data term was tried as a quadratic form.
         note: what was found, one sentence; ``off`` if nothing can be kept.
@@ -42,6 +46,7 @@ class KeptState(State):
     placed: bool = False
     spent: int = 0
     searched: bool = False
+    refused: bool = False
     off: bool = False
     note: str = ""
     hessian: Any = field(default=None, metadata={"transient": True})
@@ -76,14 +81,37 @@ class KeptLower:
     def _look(self, oracle: Oracle, x: Tree, y: Tree) -> None:
         """The quadratic data term, which needs no point of reference; and on resuming, the Hessian kept before."""
         state = self.state
-        if self.declared and not depends_on(oracle.data_term, x, y):
-            form = self._form(lambda q: oracle.data_term(x, q), oracle, y)
-            if form is not None:
-                n = len(form.vector)
-                state.form, state.hessian = form, KeptHessian(form.matrix, declared=True)
+        if self.declared and not state.refused and not depends_on(oracle.data_term, x, y):
+            state.form = self._form(lambda q: oracle.data_term(x, q), oracle, y)
+        if state.form is not None:
+            n = len(state.form.vector)
+            if state.placed:
+                state.form = state.form.recentred(lambda q: oracle.data_term(state.x, q), state.y)
+            else:
                 state.note = f"the quadratic data term was replaced by its {n} x {n} matrix"
-        if state.hessian is None and state.placed:
+            if not state.off:
+                state.hessian = KeptHessian(state.form.matrix, declared=True)
+        elif state.placed and not state.off:
             state.hessian = self._matrix(oracle, state.x, state.y)
+
+    def settle(self, y: Tree) -> bool:
+        """Move the center of the quadratic form to y where its rounding shows, and compare it with the data there.
+
+        Returns:
+            Whether something changed, so that the lower level has to be solved again.
+        """
+        state = self.state
+        if state.form is None:
+            return False
+        value = float(state.form(y))
+        if state.placed and not abs(value) < SHRUNK * abs(float(state.form.constant)):
+            return False
+        state.form = state.form.recentred(lambda q: self.oracle.data_term(self.x, q), y)
+        if state.form is None:
+            state.refused, state.placed, state.hessian, state.note = True, False, None, ""
+        else:
+            state.x, state.y, state.placed = tree.clone(self.x), tree.clone(y), True
+        return True
 
     def _matrix(self, oracle: Oracle, x: Tree, y: Tree) -> KeptHessian | None:
         if self.declared:
@@ -139,6 +167,14 @@ class KeptLower:
         stale = state.hessian is not None and state.form is None and self.declared
         if stale and 4 * state.spent >= tree.size(y):
             self._build(self.x, y)
+
+
+def takes_factor(lower_solver: Minimizer[Any] | None, linear_solver: LinearSolver | None) -> bool:
+    """Whether both solvers are those that a kept factor preconditions, and have no preconditioner of their own."""
+    newton = lower_solver is None or (isinstance(lower_solver, NewtonCG) and lower_solver.preconditioner is None)
+    return newton and (
+        linear_solver is None or (isinstance(linear_solver, CG) and linear_solver.preconditioner is None)
+    )
 
 
 def preconditioned(

@@ -5,6 +5,7 @@ products with ravelled vectors, the name of its ``order`` and a sentence with it
 """
 
 import math
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -185,7 +186,7 @@ class KeptGraph:
             parts = [self._batch([v[at : at + size] for v in active]) for at in range(0, k, size)]
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # an operation has no batching rule
+        except (RuntimeError, ValueError) as error:  # an operation has no batching rule
             self._batchable, self._notes = False, [f"one vector at a time: {first_line(error)}"]
             return None
         self.graph.products += k
@@ -215,6 +216,7 @@ class ForwardOverReverse:
             raise _refused(self.order, self._evaluation.obstacle)
         value = self._evaluation.value
         self._chunk = max(1, (block_bytes or BLOCK_BYTES) // max(2 * traffic([value.grad_fn]), 1))
+        self._evaluation = replace(self._evaluation, value=value.detach())  # nothing is kept
         self.reason = "; ".join([why, *self._evaluation.notes])
         self._point, like = tree.ravel(tree.detach(y)), tree.detach(y)
         self._function = torch.func.grad(lambda q: require_scalar(fn(tree.unravel(q, like)), "the objective"))
