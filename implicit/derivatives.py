@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from implicit import tree
 from implicit.differentiability import evaluate, explain, missing, traffic
 from implicit.recorded import Recorded, Unrecordable
+from implicit.transforms import batched as batched_call
 from implicit.tree import Tree
 
 ScalarFunction = Callable[..., Tensor]
@@ -154,8 +155,7 @@ class GradientGraph:
             return tuple(torch.zeros_like(w) if f is None else f for f, w in zip(pull(*own), wrt, strict=True))
 
         try:
-            # is_grads_batched of torch.autograd.grad turns matrix-vector products into loops, ten times slower.
-            return torch.func.vmap(filled)(*cotangents) if batched else pull(*cotangents)
+            return batched_call(filled, *cotangents) if batched else pull(*cotangents)
         except RuntimeError as error:
             if (reason := explain(error)) is None:
                 raise

@@ -104,6 +104,16 @@ def nodes(roots: Iterable[Any]) -> set[Any]:
     return seen
 
 
+def foreign_leaf(outputs: Iterable[Tensor], own: Iterable[Tensor]) -> Tensor | None:
+    """A leaf that ``outputs`` depend on and that is none of ``own``: a tensor captured by the function between them."""
+    known = {id(leaf) for leaf in own}
+    for node in nodes(leaf.grad_fn for leaf in outputs):
+        variable = getattr(node, "variable", None)  # of AccumulateGrad, the leaf itself
+        if isinstance(variable, Tensor) and id(variable) not in known:
+            return variable
+    return None
+
+
 def traffic(roots: Iterable[Any]) -> int:
     """Bytes of the cotangents that flow through the graph behind ``roots`` in one backward pass."""
     entries = (entry for node in nodes(roots) for entry in node._input_metadata)

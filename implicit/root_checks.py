@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit import tree
+from implicit.differentiability import foreign_leaf
 from implicit.linear_solvers import LinearSolution
 from implicit.linear_solvers.base import default_rtol
 from implicit.pullback import Leaves
@@ -90,17 +91,9 @@ def check_solved(setup: Setup, system: System, amplification: float) -> None:
 
 def refuse_captured(outputs: Leaves, own: Sequence[Tensor]) -> None:
     """Refuse a residual whose graph reaches a tensor that is no argument: its gradient would be missing silently."""
-    known = {id(leaf) for leaf in own}
-    stack = [leaf.grad_fn for leaf in outputs if leaf.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        variable = getattr(node, "variable", None)  # of AccumulateGrad, the leaf itself
-        if isinstance(variable, Tensor) and id(variable) not in known:
-            raise ValueError(_captured(f"shape {tuple(variable.shape)}"))
-        following = [edge for edge, _ in node.next_functions if edge is not None and edge not in seen]
-        seen.update(following)
-        stack.extend(following)
+    captured = foreign_leaf(outputs, own)
+    if captured is not None:
+        raise ValueError(_captured(f"shape {tuple(captured.shape)}"))
 
 
 def refuse_transformed_captures(*functions: Callable[..., Any] | None) -> None:

@@ -19,6 +19,7 @@ from implicit import tree
 from implicit.derivatives import GradientGraph, ScalarFunction, require_scalar, value_and_gradient
 from implicit.linear_solvers.base import Apply, Preconditioner
 from implicit.operators import Hessian, LinearOperator
+from implicit.preconditioners.factorization import inverse_of
 from implicit.tree import Tree
 
 CHUNK = 128
@@ -163,13 +164,7 @@ class Factorized(Preconditioner):
 
     def init(self, operator: LinearOperator) -> Apply:
         """Two triangular solves per row."""
-        lower, upper = self.factor, self.factor.T
-
-        def apply(rows: Tensor) -> Tensor:  # cholesky_solve copies the factor at every call
-            half = torch.linalg.solve_triangular(lower, rows.T, upper=False)
-            return torch.linalg.solve_triangular(upper, half, upper=True).T
-
-        return apply
+        return inverse_of(self.factor)
 
 
 class KeptHessian:

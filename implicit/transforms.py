@@ -1,6 +1,8 @@
 """Which transforms of PyTorch are active: the only place that asks its private interfaces."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,16 @@ def is_dual(value: Tensor) -> bool:
 def is_tracked(value: Tensor) -> bool:
     """Whether a transform or forward mode follows ``value``."""
     return is_functorch_wrapped_tensor(value) or is_dual(value)
+
+
+def batched(fn: Callable[..., Any], *tensors: Tensor) -> Any:
+    """``torch.func.vmap(fn)(*tensors)`` without torch's remark that it loops over an operation: the result is right.
+
+    ``is_grads_batched`` of ``torch.autograd.grad`` loops over matrix-vector products, ten times slower.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        return torch.func.vmap(fn)(*tensors)
 
 
 def vmapped(fn: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from implicit import tree
 from implicit.curvature import lanczos
 from implicit.derivatives import GradientGraph, ScalarFunction, require_scalar
+from implicit.differentiability import foreign_leaf
 from implicit.inner_optimizers import SGD, InnerOptimizer
 from implicit.linear_solvers.base import check_positive_int
 from implicit.operators import Hessian
@@ -162,22 +163,12 @@ def _refuse_captures(step: Step, x: Tree, y: Tree, t: int) -> None:
     """A gradient of a tensor that the step captures is lost when the step is repeated in isolation: say so."""
     with torch.enable_grad():
         x, y = tree.variables(x), tree.variables(y)
-        allowed = {id(leaf) for leaf in tree.leaves((x, y))}
-        found = step(x, y, t)
-    nodes = [leaf.grad_fn for leaf in tree.leaves(found) if leaf.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in allowed:
-            raise ValueError(
-                f"the lower level captures a tensor of shape {tuple(variable.shape)} that requires a gradient, and "
-                "checkpointing would lose that gradient: put the tensor into x, detach it, or use checkpointing=False"
-            )
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                nodes.append(parent)
+        captured = foreign_leaf(tree.leaves(step(x, y, t)), tree.leaves((x, y)))
+    if captured is not None:
+        raise ValueError(
+            f"the lower level captures a tensor of shape {tuple(captured.shape)} that requires a gradient, and "
+            "checkpointing would lose that gradient: put the tensor into x, detach it, or use checkpointing=False"
+        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from bilevel.accuracy import (
     stationarity,
 )
 from bilevel.algorithms.base import Algorithm, BilevelState, require_positive, require_positive_int
-from bilevel.algorithms.kept import DEFAULT_SIZE, KeptLower, KeptState, Reused, preconditioned, takes_factor
+from bilevel.algorithms.kept import DEFAULT_SIZE, KeptLower, KeptLowerState, Reused, preconditioned, takes_factor
 from bilevel.algorithms.minibatch import MinibatchState, init_minibatch, soba_step
 from bilevel.measure import measure_curvature
 from bilevel.oracle import Oracle
@@ -81,7 +81,7 @@ class ImplicitGradientState(BilevelState):
     stalled: bool = False
     upper: Any = None
     minibatch: MinibatchState | None = None
-    kept: KeptState | None = None
+    kept: KeptLowerState | None = None
 
 
 @dataclass
@@ -220,7 +220,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             return state
         assert self.keep_hessian is not None and self.lower_solver is not None
         if tree.size(y) <= self.keep_hessian and tree.common_dtype(y) in (torch.float32, torch.float64):
-            state.kept = KeptState(x=tree.clone(x), y=tree.clone(y))
+            state.kept = KeptLowerState(x=tree.clone(x), y=tree.clone(y))
         state.lower_reference = float(tree.norm(Oracle.full(problem, state.counts).graph(x, y).gradient))
         found = self._evaluate(problem, state, state.x)
         if found is not None:
@@ -263,7 +263,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             state.failure = "the lower objective or its gradient became non-finite"
             return None
         y = tree.unravel(lower.point, state.y)
-        if kept is not None and kept.settle(y):
+        if kept is not None and kept.settle(lower.extra):
             state.hypergradients -= 1
             return self._evaluate(problem, state, x)
         found = hypergradient(

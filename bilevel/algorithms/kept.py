@@ -29,7 +29,7 @@ SHRUNK = 0.25
 
 
 @dataclass(kw_only=True)
-class KeptState(State):
+class KeptLowerState(State):
     """Which point the kept Hessian belongs to, and what was spent since; the matrices are rebuilt from it on resuming.
 
     Attributes:
@@ -68,7 +68,7 @@ class Reused:
 class KeptLower:
     """The lower level of one evaluation: its objective and a preconditioner, from what the state keeps."""
 
-    def __init__(self, oracle: Oracle, state: KeptState, x: Tree, y: Tree) -> None:
+    def __init__(self, oracle: Oracle, state: KeptLowerState, x: Tree, y: Tree) -> None:
         self.oracle, self.state, self.x = oracle, state, x
         self.declared = oracle.problem.regularizer is not None
         if not state.looked:
@@ -94,16 +94,17 @@ class KeptLower:
         elif state.placed and not state.off:
             state.hessian = self._matrix(oracle, state.x, state.y)
 
-    def settle(self, y: Tree) -> bool:
-        """Move the center of the quadratic form to y where its rounding shows, and compare it with the data there.
+    def settle(self, graph: GradientGraph) -> bool:
+        """Move the center of the quadratic form to the point of ``graph`` (one of :meth:`expand`) where its rounding
+        shows, and compare it with the data there.
 
         Returns:
             Whether something changed, so that the lower level has to be solved again.
         """
         state = self.state
-        if state.form is None:
+        if state.form is None or not isinstance(graph, FormGraph):
             return False
-        value = float(state.form(y))
+        y, value = tree.detach(graph.y), float(graph.value - graph.rest.value)
         if state.placed and not abs(value) < SHRUNK * abs(float(state.form.constant)):
             return False
         state.form = state.form.recentred(lambda q: self.oracle.data_term(self.x, q), y)

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +12,8 @@ from implicit import tree
 from implicit.differentiability import REFUSALS, evaluate, traffic
 from implicit.operators.base import LinearOperator
 from implicit.operators.order import BLOCK_BYTES, CPU_BLOCK_BYTES
+from implicit.pullback import gradients
+from implicit.transforms import batched as batched_call
 from implicit.tree import Tree
 
 Order = Literal["auto", "reverse", "forward", "linearize"]
@@ -221,26 +223,24 @@ def _pullback(outputs: Tree, variables: Tree, u: Tree, batched: bool, *, create_
     """``u`` pulled back from outputs to variables; zeros where nothing depends on a variable."""
     values, spec = tree.flatten(outputs)
     cotangents = tree.aligned_leaves(u, spec)
-    pairs = [(o, c) for o, c in zip(values, cotangents, strict=True) if o.requires_grad]
     own, own_spec = tree.flatten(variables)
-    lead = tuple(cotangents[0].shape[:1]) if batched and cotangents else ()
-    found: Sequence[Tensor | None] = [None] * len(own)
-    if pairs and own:
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            own,
-            grad_outputs=[c for _, c in pairs],
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
+
+    def pull(*c: Tensor) -> tuple[Tensor, ...]:
+        return gradients(values, own, c, create_graph=create_graph)
+
+    if batched and cotangents and own:
+        try:
+            found = batched_call(pull, *cotangents)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError):  # an operation has no batching rule
+            rows = [pull(*row) for row in zip(*cotangents, strict=True)]
+            found = [torch.stack(group) for group in zip(*rows, strict=True)]
+    else:
+        found = pull(*cotangents)
     given = {c.untyped_storage().data_ptr() for c in cotangents}
-    filled = [
-        # A product never shares the memory of its argument.
-        o.new_zeros((*lead, *o.shape)) if f is None else f.clone() if f.untyped_storage().data_ptr() in given else f
-        for f, o in zip(found, own, strict=True)
-    ]
+    # A product never shares the memory of its argument.
+    filled = [f.clone() if f.untyped_storage().data_ptr() in given else f.contiguous() for f in found]
     return tree.unflatten(filled, own_spec)
 
 

@@ -43,8 +43,18 @@ class Factorization(Keepable):
 
     def action(self, prepared: Tensors) -> Apply:
         """Two triangular solves per row."""
-        factor = prepared["factor"]
-        return lambda rows: torch.cholesky_solve(rows.T, factor).T
+        return inverse_of(prepared["factor"])
+
+
+def inverse_of(factor: Tensor) -> Apply:
+    """``(L L^T)^{-1}`` times rows, for a lower triangular L."""
+    upper = factor.T
+
+    def apply(rows: Tensor) -> Tensor:  # cholesky_solve copies the factor at every call
+        half = torch.linalg.solve_triangular(factor, rows.T, upper=False)
+        return torch.linalg.solve_triangular(upper, half, upper=True).T
+
+    return apply
 
 
 def _factor(matrix: Tensor) -> Tensor:

@@ -363,25 +363,10 @@ def hypertorch_rows(problem: Problem) -> list[Row]:
 def betty_rows(problem: Problem) -> list[Row]:
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine
-    from betty.problems import ImplicitProblem
 
-    class Point(torch.nn.Module):
-        def __init__(self, value: Tensor) -> None:
-            super().__init__()
-            self.value = torch.nn.Parameter(value.clone())
+    Point, Lower, Plain = peers.betty_levels(problem)
 
-    class Level(ImplicitProblem):
-        def get_batch(self) -> tuple[()]:
-            return ()
-
-    class Lower(Level):
-        def training_step(self, batch: Any) -> Tensor:
-            return problem.lower(self.upper.module.value, self.module.value)
-
-    class Upper(Level):
-        def training_step(self, batch: Any) -> Tensor:
-            return problem.upper(self.module.value, self.lower.module.value)
-
+    class Upper(Plain):
         def optimizer_step(self, *arguments: Any, **options: Any) -> None:
             self.watched(self.module.value)
             super().optimizer_step(*arguments, **options)

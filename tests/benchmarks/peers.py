@@ -150,6 +150,30 @@ def conjugate_gradients(
     return v, products
 
 
+def betty_levels(problem: Any) -> tuple[Any, Any, Any]:
+    """Betty's classes: a module of one tensor, and the levels ``problem.lower(x, y)`` and ``problem.upper(x, y)``."""
+    from betty.problems import ImplicitProblem
+
+    class Point(torch.nn.Module):
+        def __init__(self, value: torch.Tensor) -> None:
+            super().__init__()
+            self.value = torch.nn.Parameter(value.clone())
+
+    class Level(ImplicitProblem):
+        def get_batch(self) -> tuple[()]:
+            return ()
+
+    class Lower(Level):
+        def training_step(self, batch: Any) -> torch.Tensor:
+            return problem.lower(self.upper.module.value, self.module.value)
+
+    class Upper(Level):
+        def training_step(self, batch: Any) -> torch.Tensor:
+            return problem.upper(self.module.value, self.lower.module.value)
+
+    return Point, Lower, Upper
+
+
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """The options that all three jobs share."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
