@@ -1,5 +1,6 @@
 """Quadratic forms found, kept Hessians, and declared regularizers: the same answers, with far fewer products."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,9 @@ def test_changes_beyond_the_diagonal_are_told() -> None:
     assert negative is None
 
 
-def solved(lower: Any, regularizer: Any = None, **options: Any) -> bilevel.Solution:
+def solved(lower: Any, regularizer: Any = None, max_steps: int | None = None, **options: Any) -> bilevel.Solution:
     problem = BilevelProblem(upper, lower, regularizer=regularizer)
-    return bilevel.solve(problem, ImplicitGradient(**options), X0.clone(), torch.zeros(12))
+    return bilevel.solve(problem, ImplicitGradient(**options), X0.clone(), torch.zeros(12), max_steps=max_steps)
 
 
 CASES = {
@@ -242,10 +243,20 @@ def test_objectives_may_refuse_points_far_away() -> None:
 
 
 def test_half_precision_keeps_nothing() -> None:
-    problem = BilevelProblem(lambda x, y: ((y - 1) ** 2).sum() + x**2, lambda x, y: ((y - x) ** 2).sum())
+    problem = BilevelProblem(
+        lambda x, y: ((y - 1) ** 2).sum() + x**2,
+        lambda x, y: ((y - 2) ** 2).sum(),
+        regularizer=lambda x, y: (x.exp() * y**2).sum(),
+    )
     start = torch.tensor(0.5, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.bfloat16)
     found = bilevel.solve(problem, ImplicitGradient(), *start, max_steps=2, raise_on_failure=False)
-    assert "kept" not in found.message
+    assert "kept" not in found.message and "matrix" not in found.message
+
+
+def test_one_trial_that_is_not_finite_does_not_end_the_keeping() -> None:
+    found = solved(squares, broken, max_steps=6)
+    assert any(not math.isfinite(value) for value in BROKEN)  # the search did meet one
+    assert "12 x 12 matrix" in found.message
 
 
 def test_an_adjoint_system_without_a_solution_is_no_convergence() -> None:
@@ -282,9 +293,15 @@ def test_solvers_of_the_users_choice_are_left_alone() -> None:
     assert "matrix" not in small.message
 
 
+BROKEN: list[float] = []
+"""Values of :func:`broken` so far."""
+
+
 def broken(x: Tensor, y: Tensor) -> Tensor:
     """Penalties that are NaN at points the line search tries."""
-    return 0.5 * (torch.where(x > -3.8, torch.sqrt(-3.8 - x), torch.exp(x)) * y**2).sum()
+    value = 0.5 * (torch.where(x > -3.8, torch.sqrt(-3.8 - x), torch.exp(x)) * y**2).sum()
+    BROKEN.append(float(value.detach()))
+    return value
 
 
 RESUMED = {
