@@ -17,9 +17,9 @@ class Hessian(LinearOperator):
     The order of differentiation decides the cost of a product, in gradients:
 
     - ``"reverse-over-reverse"``: one backward pass over a graph that is kept, 1.5 (and one gradient to build it);
-    - ``"linearize"``: the same pass recorded once and replayed without autograd, 1.0 to 1.4; recording costs four to
-      twenty products, the fewer the larger the problem;
-    - ``"forward-over-reverse"``: forward mode through the gradient, 3.5 (1.7 in blocks), nothing kept in memory;
+    - ``"linearize"``: the same pass recorded once and replayed without autograd, which saves most on small problems;
+      recording costs some products, the fewer the larger the problem;
+    - ``"forward-over-reverse"``: forward mode through the gradient, 3.5 (less in blocks), nothing kept in memory;
     - ``"finite-difference"``: differences of gradients, 2, accurate to about ``eps^(2/3)``;
     - ``"auto"``: the kept graph, recorded at once if at least 48 products are expected and otherwise after 24 products;
       differences where the objective has no second derivative in torch, or a wrong one.
