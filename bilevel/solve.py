@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,22 +12,9 @@ from bilevel.oracle import Oracle, new_counts
 from bilevel.problem import BilevelProblem
 from bilevel.registry import algorithm as registered
 from bilevel.solution import Accuracy, Solution
-from implicit import Run, SaveCheckpoint, SolveError, Status, tree
-from implicit.checkpoint import FORMAT, decode_method, encode_method
-from implicit.iterate import Best, Callback, StepInfo, iterate
-from implicit.random import copy_generator
+from implicit import Run, SaveCheckpoint, SolveError, Status, runs, tree
+from implicit.iterate import Callback, StepInfo, iterate
 from implicit.tree import Tree
-
-_RENAMED = {
-    "maxiter": "max_steps",
-    "max_iter": "max_steps",
-    "n_steps": "max_steps",
-    "tol": "rtol (or atol)",
-    "gtol": "atol",
-    "timeout": "time_limit",
-    "callback": "callbacks=[...]",
-    "seed": "generator=torch.Generator().manual_seed(seed)",
-}
 
 
 def solve(
@@ -72,13 +59,12 @@ def solve(
         TypeError, ValueError: for misuse, before the first step.
         SolveError: for a numerical failure, or an exception inside an objective after the first step.
     """
-    _refuse_unknown(unknown)
+    runs.refuse_unknown(unknown)
     if not isinstance(problem, BilevelProblem):
         raise TypeError(f"problem must be a bilevel.BilevelProblem, got {type(problem).__name__}")
-    listeners = _check_callbacks(callbacks)
-    _check_budgets(max_steps, time_limit, rtol, atol)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {generator!r}; torch.Generator().manual_seed(seed)")
+    listeners = runs.check_callbacks(callbacks)
+    runs.check_budgets(max_steps, time_limit=time_limit, rtol=rtol, atol=atol)
+    own = runs.own_generator(generator)
     if checkpoint is not None or any(isinstance(c, SaveCheckpoint) for c in listeners):
         problem.require_resumable()
     if checkpoint is not None:
@@ -86,7 +72,7 @@ def solve(
             raise ValueError("a checkpoint brings its own point and generator; leave out x0, y0 and generator")
         method, run = _restore(problem, algorithm, checkpoint, rtol, atol)
     else:
-        method, run = _begin(problem, algorithm, x0, y0, rtol, atol, generator, max_steps)
+        method, run = _begin(problem, algorithm, x0, y0, rtol, atol, own, max_steps)
     limit = max_steps if max_steps is not None else method.default_max_steps
     if problem.metrics and metrics_every is not None:
         listeners.insert(0, _Metrics(problem, run, metrics_every))
@@ -111,32 +97,6 @@ def solve(
     return solution
 
 
-def _refuse_unknown(unknown: dict[str, Any]) -> None:
-    for name in unknown:
-        cure = f"; here it is called {_RENAMED[name]}" if name in _RENAMED else ""
-        raise TypeError(f"solve() has no argument {name!r}{cure}")
-
-
-def _check_callbacks(callbacks: Any) -> list[Callback]:
-    if not isinstance(callbacks, Iterable):
-        raise TypeError(f"callbacks must be a list of functions, got {callbacks!r}; write callbacks=[...]")
-    listeners = list(callbacks)
-    for listener in listeners:
-        if not callable(listener):
-            raise TypeError(f"callbacks must be functions of a StepInfo, got {listener!r}")
-    return listeners
-
-
-def _check_budgets(max_steps: int | None, time_limit: float | None, rtol: float | None, atol: float | None) -> None:
-    for name, value in (("time_limit", time_limit), ("rtol", rtol), ("atol", atol)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"{name} must be a number or None, got {value!r}")
-    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 0):
-        raise ValueError(f"max_steps must be a non-negative integer or None, got {max_steps!r}")
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit must be a positive number of seconds or None, got {time_limit!r}")
-
-
 def _begin(
     problem: BilevelProblem,
     algorithm: Algorithm | None,
@@ -144,7 +104,7 @@ def _begin(
     y0: Tree | None,
     rtol: float | None,
     atol: float | None,
-    generator: torch.Generator | None,
+    own: torch.Generator,
     max_steps: int | None,
 ) -> tuple[Algorithm, Run[Any]]:
     start = getattr(problem, "start", None)
@@ -157,9 +117,6 @@ def _begin(
     if reason is not None:
         raise ValueError(reason)
     problem.validate(x0, y0)
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"generator must live on the CPU, got {generator.device}; samples are moved where needed")
-    own = copy_generator(generator) if generator is not None else torch.Generator().manual_seed(0)
     x0, y0 = tree.detach(x0), tree.detach(y0)
     method = algorithm.resolve(problem, x0, y0, max_steps=max_steps)
     return method, Run(method.init(problem, x0, y0, generator=own))
@@ -187,67 +144,7 @@ def _data_of(problem: BilevelProblem) -> dict[str, list[int | None] | None]:
 
 def _capture(problem: BilevelProblem, method: Algorithm, run: Run[Any]) -> dict[str, Any]:
     """The whole run as plain data."""
-    x, y = run.state.x, run.state.y
-    return {
-        "format": FORMAT,
-        "method": {f.name: _encode_setting(getattr(method, f.name)) for f in fields(method)},
-        "name": method.name,
-        "state": run.state.state_dict(),
-        "start": [[leaf.detach().clone() for leaf in tree.leaves(t)] for t in (x, y)],
-        "data": _data_of(problem),
-        "skeleton": [_skeleton(x), _skeleton(y)],
-        "history": [dict(row) for row in run.history],
-        "seconds": run.seconds,
-        "best": {
-            "merit": run.best.merit,
-            "step": run.best.step,
-            "leaves": [leaf.clone() for leaf in tree.leaves(run.best.point)] if run.best.point is not None else None,
-        },
-    }
-
-
-def _encode_setting(value: Any) -> dict[str, Any]:
-    try:
-        return {"value": encode_method(value)}
-    except TypeError as error:  # the user passes the algorithm again, and this field is taken from there
-        return {"missing": str(error)}
-
-
-def _decode_algorithm(checkpoint: dict[str, Any], given: Algorithm | None) -> Algorithm:
-    """The algorithm as it was resolved then; what could not be stored is taken from ``given``."""
-    settings = {}
-    for name, stored in checkpoint["method"].items():
-        if "value" in stored:
-            settings[name] = decode_method(stored["value"])
-        elif given is None:
-            raise ValueError(f"{name}: {stored['missing']}")
-        else:
-            settings[name] = getattr(given, name)
-    if given is None:
-        return registered(checkpoint["name"])(**settings)
-    return replace(given, **settings)
-
-
-def _skeleton(value: Tree) -> Any:
-    """The container structure as plain data: dicts, lists and tuples of leaves; None for anything else."""
-    if isinstance(value, torch.Tensor):
-        return "leaf"
-    if type(value) is dict and all(isinstance(k, str) for k in value):
-        return {k: _skeleton(v) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return ["list" if isinstance(value, list) else "tuple", [_skeleton(v) for v in value]]
-    return None
-
-
-def _rebuild(skeleton: Any, leaves: list[torch.Tensor]) -> Tree:
-    if skeleton == "leaf":
-        return leaves.pop(0)
-    if isinstance(skeleton, dict):
-        return {k: _rebuild(v, leaves) for k, v in skeleton.items()}
-    if isinstance(skeleton, list):
-        parts = [_rebuild(v, leaves) for v in skeleton[1]]
-        return parts if skeleton[0] == "list" else tuple(parts)
-    raise ValueError("the variables use containers that a checkpoint cannot rebuild; use dicts, lists and tuples")
+    return {**runs.capture_run(method, run, x=run.state.x, y=run.state.y), "data": _data_of(problem)}
 
 
 def _restore(
@@ -257,8 +154,7 @@ def _restore(
     rtol: float | None,
     atol: float | None,
 ) -> tuple[Algorithm, Run[Any]]:
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError("checkpoint is not one of this version; get it from bilevel.load_checkpoint(path)")
+    runs.check_format(checkpoint, "bilevel")
     given = None if algorithm is None else _require_algorithm(algorithm)
     if given is not None and given.name != checkpoint["name"]:
         raise ValueError(f"the checkpoint is a run of {checkpoint['name']}, not of {given.name}")
@@ -269,18 +165,13 @@ def _restore(
                 f"the checkpoint was made with {name} of [rows, batch_size] = {then}, this problem has {now}; "
                 "resume with the same data and batch size, or start a new run from its x and y"
             )
-    method = _decode_algorithm(checkpoint, given)
+    settings, method = runs.restore_settings(checkpoint, given)
+    method = registered(checkpoint["name"])(**settings) if method is None else method
     method = _with_tolerances(method, rtol, atol)
-    x, y = (_rebuild(s, list(leaves)) for s, leaves in zip(checkpoint["skeleton"], checkpoint["start"], strict=True))
+    x, y = runs.restore_start(checkpoint)
     problem.validate(x, y)
     state: BilevelState = method.init(problem, x, y, generator=torch.Generator())
-    state.load_state_dict(checkpoint["state"])
-    best = checkpoint["best"]
-    run = Run(state, history=[dict(row) for row in checkpoint["history"]], seconds=checkpoint["seconds"])
-    if best["leaves"] is not None:
-        spec = tree.structure(method.point(state))
-        run.best = Best(best["merit"], best["step"], tree.unflatten(best["leaves"], spec))
-    return method, run
+    return method, runs.restore_run(checkpoint, method, state)
 
 
 class _Metrics:

@@ -21,6 +21,10 @@ class Status(Enum):
         "Check the objectives near it, scale the data, or start closer"
     )
     INFEASIBLE = "the constraints could not be satisfied; the least infeasible point is returned"
+    UNBOUNDED = (
+        "the objective decreases without bound over points that satisfy the constraints; the lowest finite point is "
+        "returned. Add bounds, or check the sign of the objective"
+    )
     LINEAR_SOLVE_FAILED = (
         "the linear system of the implicit gradient could not be solved; check that the lower objective is strongly "
         "convex in y (add a ridge), or use a solver for indefinite systems"
@@ -29,7 +33,7 @@ class Status(Enum):
     @property
     def is_failure(self) -> bool:
         """Whether this outcome raises :class:`SolveError` by default; limits and stops are not failures."""
-        return self in (Status.NONFINITE, Status.INFEASIBLE, Status.LINEAR_SOLVE_FAILED)
+        return self in (Status.NONFINITE, Status.INFEASIBLE, Status.UNBOUNDED, Status.LINEAR_SOLVE_FAILED)
 
 
 class SolveError(RuntimeError):
