@@ -49,6 +49,7 @@ from implicit.linear_solvers import LinearSolver as LinearSolver
 from implicit.linear_solvers import Neumann as Neumann
 from implicit.linear_solvers import NormalCG as NormalCG
 from implicit.linear_solvers import Preconditioner as Preconditioner
+from implicit.linear_solvers import SparseLU as SparseLU
 from implicit.minimizers import LBFGS as LBFGS
 from implicit.minimizers import GradientRegularizedNewton as GradientRegularizedNewton
 from implicit.minimizers import Minimizer as Minimizer
@@ -73,6 +74,7 @@ from implicit.operators import MixedDerivative as MixedDerivative
 from implicit.operators import Product as Product
 from implicit.operators import Scaled as Scaled
 from implicit.operators import Shifted as Shifted
+from implicit.operators import Sparse as Sparse
 from implicit.operators import Sum as Sum
 from implicit.optimality import KKTPoint as KKTPoint
 from implicit.preconditioners import Factorization as Factorization
@@ -167,6 +169,8 @@ __all__ = [
     "Scaled",
     "Shifted",
     "SolveError",
+    "Sparse",
+    "SparseLU",
     "SpectralProjectedGradient",
     "Spectrum",
     "State",

@@ -99,6 +99,11 @@ def scales(like: Tree) -> Tensor:
     return torch.tensor([1.0, 10.0, 100.0], dtype=tree.common_dtype(like))
 
 
+def thinned(matrix: Tensor) -> Tensor:
+    """The large entries, in coordinates."""
+    return torch.where(matrix.abs() > 0.5, matrix, 0.0).to_sparse()
+
+
 # ---------------------------------------------------------------- ours
 
 Make = Callable[[Tree], LinearOperator]
@@ -201,6 +206,28 @@ OPERATORS: dict[str, list[tuple[Make, Callable[[Tree], Tensor] | None, dict[torc
         (lambda like: implicit.Shifted(implicit.Hessian(quartic, like), 0.7), None, {}),
         (lambda like: implicit.Shifted(implicit.Dense(square(like), like, symmetric=False), -0.7), None, {}),
     ],
+    "Sparse": [
+        (
+            lambda like: implicit.Sparse(thinned(definite(like)), like=like),
+            lambda like: thinned(definite(like)).to_dense(),
+            {},
+        ),
+        (
+            lambda like: implicit.Sparse(thinned(square(like)), like=like, symmetric=False),
+            lambda like: thinned(square(like)).to_dense(),
+            {},
+        ),
+        (
+            lambda like: implicit.Sparse(thinned(square(like)), like=like, symmetric=False).T,
+            lambda like: thinned(square(like)).to_dense().T,
+            {},
+        ),
+        (
+            lambda like: implicit.Sparse(rectangular(like).matrix.to_sparse(), like=like, out=rectangular(like).out),
+            lambda like: rectangular(like).matrix,
+            {},
+        ),
+    ],
     "Sum": [
         (lambda like: implicit.Hessian(quartic, like) + 2 * implicit.Identity(like), None, {}),
         (lambda like: rectangular(like) - 0.5 * rectangular(like), None, {}),
@@ -226,6 +253,7 @@ SOLVERS: dict[str, list[tuple[LinearSolver, tuple[str, ...]]]] = {
     "MINRES": [(implicit.MINRES(), ("spd", "symmetric", "singular"))],
     "Neumann": [(implicit.Neumann(max_steps=2_000), ("spd",))],
     "NormalCG": [(implicit.NormalCG(), (*SQUARE, "singular", "rectangular"))],
+    "SparseLU": [(implicit.SparseLU(), SQUARE)],
 }
 
 PRECONDITIONERS: dict[str, list[Preconditioner]] = {

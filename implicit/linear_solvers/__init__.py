@@ -15,6 +15,7 @@ from implicit.linear_solvers.lu import LU as LU
 from implicit.linear_solvers.minres import MINRES as MINRES
 from implicit.linear_solvers.neumann import Neumann as Neumann
 from implicit.linear_solvers.normal_cg import NormalCG as NormalCG
+from implicit.linear_solvers.sparse_lu import SparseLU as SparseLU
 
 __all__ = [
     "CG",
@@ -32,4 +33,5 @@ __all__ = [
     "Neumann",
     "NormalCG",
     "Preconditioner",
+    "SparseLU",
 ]

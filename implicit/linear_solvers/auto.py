@@ -19,6 +19,7 @@ from implicit.linear_solvers.ldlt import LDLT
 from implicit.linear_solvers.lsmr import LSMR
 from implicit.linear_solvers.lu import LU
 from implicit.linear_solvers.minres import MINRES
+from implicit.linear_solvers.sparse_lu import SparseLU
 from implicit.operators import Dense, LinearOperator
 
 
@@ -44,6 +45,7 @@ class AutoSolver(LinearSolver):
     rectangular                          :class:`LSMR`               :class:`LSMR`
     ===================================  ==========================  ==================================
 
+    Between small and large, operators made of sparse matrices (:class:`Sparse`) go to :class:`SparseLU`.
     The declarations are believed, and nothing is tried twice: a wrong one ends as the chosen solver reports it.
 
     Args:
@@ -55,6 +57,7 @@ class AutoSolver(LinearSolver):
             to n products as well, one after the other, where these go in blocks; and a factorisation tells rank and
             inertia.
         matrix_size: the same for operators that are matrices already.
+        sparse_size: the same for operators that are made of sparse matrices, whose factors are sparse too.
 
     Example:
         >>> import torch, implicit
@@ -70,11 +73,13 @@ class AutoSolver(LinearSolver):
     preconditioner: Preconditioner | None = None
     dense_size: int = 200
     matrix_size: int = 2000
+    sparse_size: int = 100_000
 
     def __post_init__(self) -> None:
         check_tolerances(self.rtol, self.atol, self.max_steps)
         check_positive_int(self.dense_size, "dense_size")
         check_positive_int(self.matrix_size, "matrix_size")
+        check_positive_int(self.sparse_size, "sparse_size")
 
     def choose(self, operator: LinearOperator) -> tuple[LinearSolver, str]:
         """The solver for ``operator``, and the reason in words."""
@@ -90,6 +95,11 @@ class AutoSolver(LinearSolver):
         if columns <= limit:
             reason = f"{declared} with n = {columns} <= {name} = {limit}"
             return self._direct(operator), reason
+        if columns <= self.sparse_size and operator.to_sparse() is not None:
+            reason = (
+                f"made of sparse matrices, with {self.dense_size} < n = {columns} <= sparse_size = {self.sparse_size}"
+            )
+            return SparseLU(rtol=self.rtol, atol=self.atol), reason
         return self._iterative(operator), f"{declared} with n = {columns} > {name} = {limit}"
 
     def _direct(self, operator: LinearOperator) -> LinearSolver:

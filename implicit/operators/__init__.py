@@ -13,6 +13,7 @@ from implicit.operators.gauss_newton import GaussNewton as GaussNewton
 from implicit.operators.hessian import Hessian as Hessian
 from implicit.operators.jacobian import Jacobian as Jacobian
 from implicit.operators.mixed import MixedDerivative as MixedDerivative
+from implicit.operators.sparse import Sparse as Sparse
 from implicit.operators.sums import Product as Product
 from implicit.operators.sums import Scaled as Scaled
 from implicit.operators.sums import Sum as Sum
@@ -33,5 +34,6 @@ __all__ = [
     "Product",
     "Scaled",
     "Shifted",
+    "Sparse",
     "Sum",
 ]

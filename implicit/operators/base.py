@@ -205,6 +205,11 @@ class LinearOperator(ABC):
         dtype = torch.zeros(0, dtype=self.dtype).numpy().dtype
         return make(self.shape, matvec=vectors(self), matmat=blocks(self), dtype=dtype, **reverse)
 
+    def to_sparse(self) -> Any:
+        """The matrix as a ``scipy.sparse.csr_array`` in host memory; None for an operator that is not made of sparse
+        matrices. Do not write into it."""
+        return None
+
     def _from_numpy(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.ascontiguousarray(values), dtype=self.dtype, device=self.device)
 

@@ -1,10 +1,13 @@
 """Matrices, and shifts of other operators."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from implicit import tree
 from implicit.operators.base import LinearOperator, aligned_spaces
+from implicit.operators.sparse import sparse_diagonal
 from implicit.tree import Tree
 
 
@@ -102,6 +105,12 @@ class Shifted(LinearOperator):
     def flat_mv(self, vector: Tensor) -> Tensor:
         self.products += 1
         return torch.add(self.operator.flat_mv(vector), vector, alpha=self.shift)
+
+    def to_sparse(self) -> Any:
+        matrix = self.operator.to_sparse()
+        if matrix is None:
+            return None
+        return matrix + sparse_diagonal(torch.full((self.size,), self.shift, dtype=self.dtype))
 
     @property
     def T(self) -> LinearOperator:

@@ -1,10 +1,13 @@
 """The identity and diagonal matrices."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from implicit import tree
 from implicit.operators.base import LinearOperator
+from implicit.operators.sparse import sparse_diagonal
 from implicit.tree import Tree
 
 
@@ -22,6 +25,9 @@ class Identity(LinearOperator):
 
     def mv(self, v: Tree) -> Tree:
         return tree.clone(v)  # a product never shares the memory of its argument
+
+    def to_sparse(self) -> Any:
+        return sparse_diagonal(torch.ones(self.size, dtype=self.dtype))
 
     def flat_mv(self, vector: Tensor) -> Tensor:
         self.products += 1
@@ -54,6 +60,9 @@ class Diagonal(LinearOperator):
 
     def mv(self, v: Tree) -> Tree:
         return tree.map(torch.mul, self.diagonal, v)
+
+    def to_sparse(self) -> Any:
+        return sparse_diagonal(self._flat)
 
     def flat_mv(self, vector: Tensor) -> Tensor:
         self.products += 1

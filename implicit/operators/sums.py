@@ -1,7 +1,10 @@
 """Sums, multiples and compositions of operators."""
 
 from collections.abc import Callable
+from functools import reduce
 from itertools import pairwise
+from operator import add, matmul
+from typing import Any
 
 from torch import Tensor
 
@@ -62,6 +65,9 @@ class Sum(LinearOperator):
             total = total + product(term)
         return total
 
+    def to_sparse(self) -> Any:
+        return _combined(add, self.terms) if self._aligned else None
+
     @property
     def T(self) -> LinearOperator:
         return self if self.symmetric else Sum(*(term.T for term in self.terms))
@@ -99,6 +105,10 @@ class Scaled(LinearOperator):
     def _flat_block(self, rows: Tensor) -> Tensor:
         self.products += rows.shape[0]
         return self.alpha * self.operator.flat_mm(rows)
+
+    def to_sparse(self) -> Any:
+        matrix = self.operator.to_sparse()
+        return None if matrix is None else self.alpha * matrix
 
     @property
     def T(self) -> LinearOperator:
@@ -159,6 +169,9 @@ class Product(LinearOperator):
             rows = factor.flat_mm(rows)
         return rows
 
+    def to_sparse(self) -> Any:
+        return _combined(matmul, self.factors) if self._aligned else None
+
     @property
     def T(self) -> LinearOperator:
         return self if self.symmetric else Product(*(factor.T for factor in reversed(self.factors)))
@@ -170,3 +183,9 @@ def _require_operators(parts: tuple[LinearOperator, ...], name: str) -> None:
     for part in parts:
         if not isinstance(part, LinearOperator):
             raise TypeError(f"{name} is made of linear operators, got {type(part).__name__}")
+
+
+def _combined(operation: Callable[[Any, Any], Any], parts: tuple[LinearOperator, ...]) -> Any:
+    """The sparse matrices of the parts, added or multiplied; None where one of them has none."""
+    matrices = [part.to_sparse() for part in parts]
+    return None if any(matrix is None for matrix in matrices) else reduce(operation, matrices)
