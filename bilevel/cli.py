@@ -171,6 +171,11 @@ def _case_target(name: str) -> Target:
     problems = _problems()
     with _misuse():
         entry = problems.entry(name)
+        if entry.kind != "bilevel":
+            raise ValueError(
+                f"case {entry.name} is a constrained problem, not a bilevel one; in Python: case = "
+                f"problems.case({entry.name!r}); constrained.solve(case.problem, x0=case.start)"
+            )
 
     def build(**given: Any) -> Job:
         case = problems.case(entry.name, **given)

@@ -1,13 +1,19 @@
 """Test problems with known answers, and real-data problems, as public objects."""
 
+from problems import boggs_tolle as boggs_tolle
 from problems import box as box
+from problems import cutest_equality as cutest_equality
+from problems import hock_schittkowski as hock_schittkowski
 from problems import hyper_cleaning as hyper_cleaning
+from problems import inequality as inequality
+from problems import inequality_larger as inequality_larger
 from problems import logistic as logistic
 from problems import quadratic as quadratic
 from problems import ridge as ridge
 from problems.case import Case as Case
 from problems.case import OracleCounter as OracleCounter
 from problems.case import Report as Report
+from problems.constrained_case import ConstrainedCase as ConstrainedCase
 from problems.datasets import Dataset as Dataset
 from problems.datasets import MissingDataError as MissingDataError
 from problems.registry import Entry as Entry
@@ -19,6 +25,7 @@ from problems.registry import register as register
 
 __all__ = [
     "Case",
+    "ConstrainedCase",
     "Dataset",
     "Entry",
     "MissingDataError",

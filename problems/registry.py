@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from problems.case import Case
-
-Factory = Callable[..., Case]
+Factory = Callable[..., Any]
+"""A function of keyword arguments with defaults to a ``Case`` or a ``ConstrainedCase``."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,11 @@ class Entry:
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The keyword parameters of the factory."""
         return dict(inspect.signature(self.factory).parameters)
+
+    @property
+    def kind(self) -> str:
+        """``"bilevel"`` or ``"constrained"``."""
+        return "constrained" if "constrained" in self.tags else "bilevel"
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -45,9 +49,15 @@ def register(name: str, summary: str, *tags: str) -> Callable[[Factory], Factory
     return decorate
 
 
-def entries() -> dict[str, Entry]:
-    """Every registered case under its name."""
-    return dict(_ENTRIES)
+def entries(kind: str = "bilevel") -> dict[str, Entry]:
+    """Every registered case of a kind, ``"bilevel"`` or ``"constrained"``, under its name.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind not in ("bilevel", "constrained"):
+        raise ValueError(f"kind must be 'bilevel' or 'constrained', got {kind!r}")
+    return {name: found for name, found in _ENTRIES.items() if found.kind == kind}
 
 
 def entry(name: str) -> Entry:
@@ -65,11 +75,14 @@ def entry(name: str) -> Entry:
         return known[plain(name)]
     close = difflib.get_close_matches(plain(name), known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise ValueError(f"unknown case {name!r}{hint} Known: {', '.join(sorted(_ENTRIES))}")
+    raise ValueError(
+        f"unknown case {name!r}{hint} Known: {', '.join(sorted(entries()))}; and the {len(entries('constrained'))} "
+        "constrained problems of problems.entries('constrained')"
+    )
 
 
-def case(name: str, **settings: Any) -> Case:
-    """Build a case.
+def case(name: str, **settings: Any) -> Any:
+    """Build a case: a ``Case``, or for a constrained problem a ``ConstrainedCase``.
 
     Raises:
         ValueError: for an unknown name or setting; the message lists the valid ones.
@@ -85,12 +98,12 @@ def case(name: str, **settings: Any) -> Case:
     return replace(built, name=found.name, tags=built.tags | found.tags, settings=values)
 
 
-def cases(*tags: str) -> list[Case]:
-    """Every case that carries all ``tags``, built with its defaults; data that must be fetched are not touched unless
-    the tag ``external-data`` is asked for."""
+def cases(*tags: str) -> list[Any]:
+    """Every bilevel case that carries all ``tags``, or with ``"constrained"`` among them every constrained one, built
+    with its defaults; data that must be fetched are not touched unless the tag ``external-data`` is asked for."""
     wanted = {t for t in tags if t != "bilevel"}
     return [
         case(e.name)
-        for e in _ENTRIES.values()
+        for e in entries("constrained" if "constrained" in wanted else "bilevel").values()
         if wanted <= e.tags and ("external-data" in wanted or "external-data" not in e.tags)
     ]

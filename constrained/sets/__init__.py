@@ -1,9 +1,11 @@
 """Convex sets with Euclidean projections.
 
-The whole space, boxes, the orthant, balls, half-spaces, affine sets, second-order cones, simplices, and their products.
+The whole space, boxes, the orthant, balls, half-spaces, affine sets, polyhedra, second-order cones, simplices, and
+their products.
 
-A point is a pytree of floating-point tensors. Every projection is exact (no iteration), runs without host
-synchronisation, keeps structure, dtype and device, and differentiates by autograd wherever it is differentiable.
+A point is a pytree of floating-point tensors. Every projection is exact, keeps structure, dtype and device, and
+differentiates wherever it is differentiable. All but those onto polyhedra run without iteration and host
+synchronisation.
 
 References:
     N. Parikh, S. Boyd, "Proximal algorithms", Found. Trends Optim. 1(3), 2014, sections 2.1, 6.2 and 6.3.
@@ -18,6 +20,7 @@ from constrained.sets.ball import Ball as Ball
 from constrained.sets.base import ConvexSet as ConvexSet
 from constrained.sets.box import Box as Box
 from constrained.sets.box import Nonnegative as Nonnegative
+from constrained.sets.polyhedron import Polyhedron as Polyhedron
 from constrained.sets.product import Product as Product
 from constrained.sets.second_order_cone import SecondOrderCone as SecondOrderCone
 from constrained.sets.simplex import Simplex as Simplex
@@ -30,6 +33,7 @@ __all__ = [
     "ConvexSet",
     "HalfSpace",
     "Nonnegative",
+    "Polyhedron",
     "Product",
     "SecondOrderCone",
     "Simplex",

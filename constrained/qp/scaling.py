@@ -1,0 +1,81 @@
+"""From the arguments of a quadratic program to the scaled program, and multipliers back."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from constrained.qp.program import Program
+
+
+@dataclass(frozen=True)
+class Data:
+    """The arguments, each with a leading axis of size one or batch, and no rows where nothing was given."""
+
+    Q: Tensor
+    q: Tensor
+    A: Tensor
+    b: Tensor
+    G: Tensor
+    h: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.Q, self.q, self.A, self.b, self.G, self.h, self.lower, self.upper)
+
+    @property
+    def batch(self) -> int:
+        return max(len(t) for t in self.tensors)
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Numbers of equations, inequalities, upper and lower bounds, in the order of the rows."""
+        return self.A.shape[1], self.G.shape[1], self.upper.shape[1], self.lower.shape[1]
+
+    def symmetric(self) -> Tensor:
+        """The part of Q that matters."""
+        return (self.Q + self.Q.mT) / 2
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """``C`` with a leading axis of size one or batch, and ``d``, ``(batch, rows)``, infinite where absent."""
+        n = self.q.shape[1]
+        eye = torch.eye(n, dtype=self.q.dtype, device=self.q.device)[None]
+        blocks = [self.A, self.G, eye[:, : self.upper.shape[1]], -eye[:, : self.lower.shape[1]]]
+        lead = max(len(block) for block in blocks if block.shape[1]) if any(self.counts) else 1
+        C = torch.cat([block.expand(lead, -1, -1) for block in blocks], 1)
+        sides = [self.b, self.h, self.upper, -self.lower]
+        return C, torch.cat([side.expand(self.batch, -1) for side in sides], 1)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Factors of the rows, ``(batch, rows)``, and of the objective, ``(batch,)``."""
+
+    row: Tensor
+    objective: Tensor
+
+
+def scaled(data: Data) -> tuple[Program, Scale]:
+    """Rows of length one, and an objective divided by the largest entry of Q, or of q where Q is zero."""
+    C, d = data.rows()
+    Q, q = data.symmetric(), data.q.expand(data.batch, -1)
+    row = _inverse(torch.linalg.vector_norm(C, dim=2))
+    bend = Q.abs().amax((1, 2))
+    factor = torch.where(bend > 0, _inverse(bend), _inverse(q.abs().amax(1)))
+    present = d.isfinite()
+    program = Program(
+        Q=_inverse(bend)[:, None, None] * Q,
+        q=factor[:, None] * q,
+        C=row[..., None] * C,
+        d=torch.where(present, row * d, 0.0),
+        present=present,
+        equalities=data.counts[0],
+        bounds=data.counts[2] + data.counts[3],
+    )
+    return program, Scale(row.expand(data.batch, -1), factor)
+
+
+def _inverse(size: Tensor) -> Tensor:
+    return torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 1.0)

@@ -1,0 +1,168 @@
+"""The stages of a solve: dual active sets, interior point, polishing, and proofs that there is no solution."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from constrained.qp.active_set import Dual, Point, accuracy, choose, dual_active_set, polish
+from constrained.qp.interior_point import Iterate, interior_point
+from constrained.qp.program import Program, equilibrated, largest
+from implicit.status import Status
+
+CODES = (Status.CONVERGED, Status.STEP_LIMIT, Status.STALLED, Status.NONFINITE, Status.INFEASIBLE, Status.UNBOUNDED)
+CONVERGED, STEP_LIMIT, STALLED, NONFINITE, INFEASIBLE, UNBOUNDED = range(len(CODES))
+FAILURES = (NONFINITE, INFEASIBLE, UNBOUNDED)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found, in the scale of the program."""
+
+    x: Tensor  # (batch, n)
+    multiplier: Tensor  # (batch, rows); of an infeasible element, the weights that prove it
+    active: Tensor  # (batch, rows), bool
+    ray: Tensor  # (batch, n): along it an unbounded element falls for ever; zero elsewhere
+    code: Tensor  # (batch,), indices into CODES
+    steps: Tensor  # (batch,)
+
+    def put(self, index: Tensor, other: "Outcome") -> "Outcome":
+        """With other elements at ``index``."""
+        names = [f.name for f in fields(self)]
+        return Outcome(*[getattr(self, name).index_copy(0, index, getattr(other, name)) for name in names])
+
+
+def solve_program(program: Program, dual: Dual | None, max_steps: int, guess: Tensor | None = None) -> Outcome:
+    """Solve every element.
+
+    Args:
+        program: scaled, finite, with positive semidefinite Q.
+        dual: the matrices of the dual method, or None where Q is not definite.
+        max_steps: of the interior-point method.
+        guess: rows that may be active, ``(batch, rows)``, bool.
+    """
+    eps, like = torch.finfo(program.q.dtype).eps, program.q
+    start = torch.zeros_like(program.present) if guess is None else guess
+    blank = torch.full_like(like[:, 0], torch.inf)
+    point = Point(torch.zeros_like(like), torch.zeros_like(program.d), start, blank)
+    steps = torch.zeros_like(blank)
+    if dual is not None:
+        point = dual_active_set(program, dual, start, 20)
+    elif guess is not None:
+        point = polish(program, replace(point, active=(start | program.free) & program.present))
+    left = (~(point.error <= accuracy(like.dtype))).nonzero()[:, 0]
+    if len(left):
+        found, count = _from_inside(program.take(left), max_steps, forceful=False)
+        point, steps = point.put(left, found), steps.index_copy(0, left, count)
+    rough = (~(point.error <= 16 * eps)).nonzero()[:, 0]
+    if len(rough):
+        point = point.put(rough, polish(program.take(rough), point.take(rough)))
+    outcome = _judge(program, point, steps, max_steps)
+    bad = (outcome.code != CONVERGED).nonzero()[:, 0]
+    if len(bad):
+        outcome = _explain(program, outcome, bad, max_steps)
+        bad = ((outcome.code == STALLED) | (outcome.code == STEP_LIMIT)).nonzero()[:, 0]
+    if len(bad):
+        again, count = _from_inside(program.take(bad), max_steps, forceful=True)
+        better = again.error < point.error[bad]
+        again = choose(better, again, point.take(bad))
+        outcome = outcome.put(bad, _judge(program.take(bad), again, steps[bad] + count, 2 * max_steps))
+    return outcome
+
+
+def _from_inside(program: Program, max_steps: int, forceful: bool) -> tuple[Point, Tensor]:
+    """The interior-point method; the second, forceful try is in other units."""
+    if not forceful:
+        found, count = interior_point(program, max_steps)
+        return _point(program, found), count
+    changed, columns, rows = equilibrated(program)
+    found, count = interior_point(changed, max_steps, forceful=True)
+    point = polish(changed, _point(changed, found))
+    x, multiplier = columns * point.x, rows * point.multiplier
+    return Point(x, multiplier, point.active, program.error(x, multiplier)), count
+
+
+def _point(program: Program, found: Iterate) -> Point:
+    active = torch.cat([torch.ones_like(found.y, dtype=torch.bool), found.z > found.s], 1) & program.present
+    return Point(found.x, found.multiplier, active, program.error(found.x, found.multiplier))
+
+
+def _judge(program: Program, point: Point, steps: Tensor, limit: int) -> Outcome:
+    good = point.error <= torch.finfo(point.x.dtype).eps ** 0.55
+    code = torch.where(good, CONVERGED, torch.where(steps >= limit, STEP_LIMIT, STALLED))
+    return Outcome(point.x, point.multiplier, point.active, torch.zeros_like(point.x), code, steps)
+
+
+def _explain(program: Program, outcome: Outcome, index: Tensor, max_steps: int) -> Outcome:
+    """Prove that the elements have no feasible point or no bound, where that is so."""
+    part, eps = program.take(index), torch.finfo(program.q.dtype).eps
+    nearest, weight = least_violation(part, max_steps)
+    violated = largest(part.violation(nearest)) > eps**0.5 * (1 + largest(nearest))
+    ray = steepest_ray(part, max_steps)
+    falls = ~violated & (largest(ray) > eps**0.4 * largest(part.q))
+    code = torch.where(violated, INFEASIBLE, torch.where(falls, UNBOUNDED, outcome.code[index]))
+    wide = violated[:, None]
+    # An unbounded element is left at a feasible point.
+    x = torch.where(wide | falls[:, None], nearest, outcome.x[index])
+    multiplier = torch.where(wide, weight, torch.where(falls[:, None], 0.0, outcome.multiplier[index]))
+    return Outcome(
+        outcome.x.index_copy(0, index, x),
+        outcome.multiplier.index_copy(0, index, multiplier),
+        outcome.active,
+        outcome.ray.index_copy(0, index, torch.where(falls[:, None], ray, 0.0)),
+        outcome.code.index_copy(0, index, code),
+        outcome.steps,
+    )
+
+
+def least_violation(program: Program, max_steps: int) -> tuple[Tensor, Tensor]:
+    """A minimizer of ``||(C x - d)_+||^2 / 2`` (with equations: ``C x - d`` itself), and that violation.
+
+    The violation v is the multiplier of its own program, ``C' v = 0`` with v >= 0 on inequalities; where it is not
+    zero ``d' v = -||v||^2 < 0`` proves that there is no feasible point.
+    """
+    m, n, batch = program.equalities, program.n, program.batch
+    count = program.rows - m
+    eye = torch.eye(count, dtype=program.q.dtype, device=program.q.device)[None]
+    C = program.C
+    equations, inequalities = C[:, :m], C[:, m:]
+    Q = C.new_zeros(len(C), n + count, n + count)
+    Q[:, :n, :n] = equations.mT @ equations
+    Q[:, n:, n:] = eye
+    d = program.d[:, :m]
+    pulled = (equations.mT @ d[..., None])[..., 0] if m else torch.zeros_like(program.q)
+    relaxed = Program(
+        Q=Q,
+        q=torch.cat([-pulled, program.d.new_zeros(batch, count)], 1),
+        C=torch.cat([inequalities, -eye.expand(len(C), -1, -1)], 2),
+        d=program.d[:, m:],
+        present=program.present[:, m:],
+        equalities=0,
+    )
+    found, _ = interior_point(relaxed, max_steps)
+    point = polish(relaxed, _point(relaxed, found))
+    x = point.x[:, :n]
+    return x, program.violation(x)
+
+
+def steepest_ray(program: Program, max_steps: int) -> Tensor:
+    """The projection of -q onto the directions v with ``Q v = 0``, ``C v = 0`` (equations) and ``C v <= 0``."""
+    m, n, eps = program.equalities, program.n, torch.finfo(program.q.dtype).eps
+    lead = max(len(program.C), len(program.Q))
+    flat = torch.cat([program.Q.expand(lead, -1, -1), program.C.expand(lead, -1, -1)], 1)
+    zero = torch.zeros_like(program.q)
+    cone = Program(
+        Q=torch.eye(n, dtype=zero.dtype, device=zero.device)[None],
+        q=program.q,
+        C=flat,
+        d=torch.cat([zero, torch.zeros_like(program.d)], 1),
+        present=torch.cat([torch.ones_like(zero, dtype=torch.bool), program.present], 1),
+        equalities=n + m,
+    )
+    found, _ = interior_point(cone, max_steps)
+    point = polish(cone, _point(cone, found))
+    # A direction counts only as far as it is one.
+    bend = largest(program.curve(point.x)) + largest(
+        torch.where(program.free, program.multiply(point.x), program.multiply(point.x).clamp(min=0))
+    )
+    return torch.where((bend <= eps**0.5 * largest(point.x))[:, None], point.x, 0.0)
