@@ -176,7 +176,8 @@ class _Run:
         if x0 is not None:  # the solution for b = 0 is known
             usable = torch.isfinite(x0).all(dim=1) & (self.norms > 0)
             self.z = torch.where(usable[:, None], x0.detach() / self.scale, self.z)
-        self.r, self.sizes = -self.b, self.norms
+        self.r: Tensor  # as measured by the last look, and updated by the steps since
+        self.sizes = self.norms
         self.active = torch.ones_like(self.norms)
         self.width = solver.sketch.width(operator.shape[0])
         self.steps = 0

@@ -154,7 +154,8 @@ def test_seeds_matter_and_nothing_else_does() -> None:
     assert not torch.allclose(one, other)
 
 
-def test_right_hand_sides_that_are_done_stay_put() -> None:
+@pytest.mark.parametrize("sketch", KINDS, ids=repr)
+def test_right_hand_sides_that_are_done_stay_put(sketch: Sketch) -> None:
     matrix = indefinite(10, 4.0)
     operator = Dense(matrix, positive_definite=False)
     exact = normal(3, 10)
@@ -162,7 +163,8 @@ def test_right_hand_sides_that_are_done_stay_put() -> None:
     b[1] = 0.0
     start = torch.zeros(3, 10)
     start[0] = exact[0] + 1e-9
-    found = SketchAndProject(rtol=1e-6).solve(operator, b, x0=start, batched=True)
+    start[1] = normal(10)  # the solution is known
+    found = SketchAndProject(sketch=sketch, rtol=1e-6).solve(operator, b, x0=start, batched=True)
     assert found.success
     assert torch.equal(found.value[0], start[0])
     assert torch.equal(found.value[1], torch.zeros(10))
@@ -227,6 +229,12 @@ def test_what_is_not_finite_is_named() -> None:
             found = solver.solve(Dense(spoiled), torch.ones(3))
             assert found.status is Status.NONFINITE
             assert bool(torch.isfinite(found.value).all())
+
+
+def test_an_overflow_on_the_way_leaves_the_last_finite_iterate() -> None:
+    matrix = torch.diag(torch.tensor([1e200, 1.0]))
+    found = SketchAndProject(sketch=Kaczmarz(weighted=False)).solve(Dense(matrix), torch.ones(2))
+    assert (found.status, found.value.tolist()) == (Status.NONFINITE, [0.0, 0.0])
 
 
 MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -240,6 +240,33 @@ def test_badly_scaled_matrices_are_not_singular() -> None:
     torch.testing.assert_close(turned.value, normal(40), rtol=1e-9, atol=1e-9)
 
 
+def test_badly_scaled_transposes() -> None:
+    matrix = sprinkled(30, 30) + 3 * torch.eye(30)
+    matrix = torch.logspace(-6, 6, 30)[:, None] * matrix * torch.logspace(4, 1, 30)
+    solver, operator = SparseLU(), Sparse(matrix.to_sparse())
+    factors = solver.transpose(solver.init(operator))
+    b = matrix.T @ (x := normal(30) / torch.logspace(-6, 6, 30))
+    found = solver.solve(operator.T, b, prepared=factors)
+    assert found.success
+    torch.testing.assert_close(found.value, x, rtol=1e-9, atol=1e-12)
+
+
+def test_an_answer_that_overflows_is_not_returned() -> None:
+    nearly = 1e-37 * torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2.0**-23]])
+    found = SparseLU().solve(Sparse(nearly.float().to_sparse()), torch.tensor([1.0, -1.0]).float())
+    assert (found.status, found.singular, found.value.tolist()) == (Status.STALLED, True, [0.0, 0.0])
+    assert found.relative_residual == pytest.approx(1.0)
+
+
+def test_refinement_lowers_the_residual() -> None:
+    n = 60
+    matrix = torch.eye(n) - torch.tril(torch.ones(n, n), -1)  # the example in which pivots can grow
+    matrix[:, -1] = 1.0
+    factors, b = SparseLU().init(Sparse(matrix.to_sparse())), normal(1, n)
+    plain = torch.as_tensor(factors._back(b.T.numpy()))
+    assert float(factors.solve(b)[1]) < 0.5 * float((matrix @ plain - b.T).norm())
+
+
 def test_the_condition_estimate_is_near_the_truth() -> None:
     for seed in range(6):
         for decades in (0, 6):

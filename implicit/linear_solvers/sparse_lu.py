@@ -150,7 +150,7 @@ class SparseFactors:
         scaled, self.left, self.right = _equilibrated(matrix)
         self.singular = True
         try:
-            self.factors = scipy.sparse.linalg.splu(scaled.tocsc())
+            self.factors = scipy.sparse.linalg.splu(scaled)
         except RuntimeError as error:
             if "singular" not in str(error):
                 raise
@@ -203,15 +203,17 @@ class SparseFactors:
 
 def _equilibrated(matrix: Any) -> tuple[Any, np.ndarray, np.ndarray]:
     """``R A C`` with the largest entries of rows and columns near one (Ruiz 2001), R and C being powers of two."""
+    places = matrix.tocoo()
+    rows, columns = places.coords
     left, right = (np.ones(n, dtype=matrix.dtype) for n in matrix.shape)
-    scaled = matrix
     for _ in range(SCALINGS):
-        size = abs(scaled)
-        row, column = (_root(size.max(axis=axis).toarray().ravel()) for axis in (1, 0))
-        left, right = left * row, right * column
-        scaled = scipy.sparse.dia_array((left[None], [0]), shape=matrix.shape) @ matrix
-        scaled = scaled @ scipy.sparse.dia_array((right[None], [0]), shape=matrix.shape)
-    return scaled, left, right
+        size = np.abs(places.data) * left[rows] * right[columns]
+        row, column = np.zeros_like(left), np.zeros_like(right)
+        np.maximum.at(row, rows, size)
+        np.maximum.at(column, columns, size)
+        left, right = left * _root(row), right * _root(column)
+    values = places.data * left[rows] * right[columns]
+    return scipy.sparse.csc_array((values, (rows, columns)), shape=matrix.shape), left, right
 
 
 def _root(largest: np.ndarray) -> np.ndarray:

@@ -164,12 +164,9 @@ def _compressed(matrix: Tensor) -> Tensor:
         raise ValueError(f"matrix must have two axes, got shape {tuple(matrix.shape)}")
     if matrix.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"matrix has dtype {matrix.dtype}; convert it to float32 or float64")
-    matrix = matrix.detach()
-    if matrix.layout is torch.sparse_coo:
-        matrix = matrix.coalesce()
     with warnings.catch_warnings():  # that the layout is in beta state
         warnings.simplefilter("ignore")
-        return matrix.to_sparse_csr()
+        return matrix.detach().to_sparse_csr()
 
 
 def _mirrored(matrix: scipy.sparse.csr_array) -> bool:
