@@ -128,9 +128,15 @@ def default_atol(dtype: torch.dtype) -> float:
     return 1e-8 if dtype == torch.float64 else 1e-4
 
 
-def smallest_curvature(problem: Lagrangian, point: Point, multipliers: FlatMultipliers) -> float | None:
-    """The smallest eigenvalue of ``Z^T H Z`` relative to the largest entry of H in size; Z spans the null space of the
-    gradients of h and of the active constraints and bounds. None if matrices are not formed or too large."""
+def smallest_curvature(
+    problem: Lagrangian, point: Point, multipliers: FlatMultipliers, noise: float = 1e-4
+) -> float | None:
+    """The smallest eigenvalue of ``Z^T H Z`` relative to the size of H; Z spans the null space of the gradients of h
+    and of the active constraints and bounds. None if matrices are not formed or too large.
+
+    The size is the largest entry of H, or of the constraints' Hessians times ``noise`` if that is more: multipliers
+    that are zero up to rounding have no curvature.
+    """
     if not problem.dense or problem.n > _EIGEN_LIMIT:
         return None
     hessian = point.hessian(torch.cat([multipliers.equality, multipliers.inequality])).to_dense()
@@ -147,7 +153,11 @@ def smallest_curvature(problem: Lagrangian, point: Point, multipliers: FlatMulti
     if not basis.shape[1]:
         return float("inf")
     values = torch.linalg.eigvalsh(basis.T @ hessian @ basis)
-    return float(values[0] / hessian.abs().amax().clamp(min=torch.finfo(values.dtype).tiny))
+    size = hessian.abs().amax()
+    if problem.constraints:
+        unit = point.hessian(point.constraints.new_ones(problem.constraints), 0.0).to_dense()
+        size = torch.maximum(size, noise * unit.abs().amax())
+    return float(values[0] / size.clamp(min=torch.finfo(values.dtype).tiny))
 
 
 def null_space(rows: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class ConstrainedCase:
             and no objective, ``pytree``, ``large``), how well it is known (``exact``: x_star is a closed form), what is
             hard about it (``degenerate``: at the solution the constraint gradients are dependent or the curvature is
             singular, so that x and the multipliers are less accurate than f), and the family.
-        f_star: objective value at the published solution, to at least ten digits.
+        f_star: objective value at the published solution, to at least ten digits, or None.
         x_star: a solution, or None.
         multipliers_star: multipliers at x_star, or None.
         other_minima: objective values at other known local minima, some of them lower.
@@ -45,7 +45,7 @@ class ConstrainedCase:
     start: Tree
     source: str
     tags: frozenset[str] = frozenset()
-    f_star: float
+    f_star: float | None = None
     x_star: Tree = None
     multipliers_star: Multipliers | None = None
     other_minima: tuple[float, ...] = ()
@@ -68,7 +68,13 @@ class ConstrainedCase:
         return float(torch.cat(found).max())
 
     def gap(self, x: Tree) -> float:
-        """``(f(x) - f_star) / max(1, |f_star|)``, negative where x is better (or infeasible)."""
+        """``(f(x) - f_star) / max(1, |f_star|)``, negative where x is better (or infeasible).
+
+        Raises:
+            ValueError: if the case has no f_star.
+        """
+        if self.f_star is None:
+            raise ValueError(f"case {self.name} has no f_star with the settings {self.settings}")
         with torch.no_grad():
             return (float(self.problem.objective(x)) - self.f_star) / max(1.0, abs(self.f_star))
 
@@ -86,7 +92,8 @@ class ConstrainedCase:
         """Whether f(x) is f_star or one of ``other_minima``, to ``rtol * max(1, |f|)``."""
         with torch.no_grad():
             value = float(self.problem.objective(x))
-        return any(abs(value - f) <= rtol * max(1.0, abs(f)) for f in (self.f_star, *self.other_minima))
+        known = self.other_minima if self.f_star is None else (self.f_star, *self.other_minima)
+        return any(abs(value - f) <= rtol * max(1.0, abs(f)) for f in known)
 
     def check(self, solution: Any, rtol: float = 1e-6, feasibility: float = 1e-6, any_minimum: bool = False) -> None:
         """Evaluate the problem at ``solution.x`` and compare with the published answer.
