@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from constrained.qp.program import Program, largest
+from constrained.qp.program import Program, largest, product
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,6 @@ class Dual:
     def of(cls, C: Tensor, factor: Tensor | None = None) -> "Dual":
         half = C.mT if factor is None else torch.linalg.solve_triangular(factor, C.mT, upper=False)
         return cls(half.mT @ half, factor)
-
-    def take(self, index: Tensor, batch: int) -> "Dual":
-        """Some elements of the batch."""
-
-        def chosen(t: Tensor) -> Tensor:
-            return t if len(t) == 1 < batch else t[index]
-
-        return Dual(chosen(self.gram), None if self.factor is None else chosen(self.factor))
 
     def invert(self, right: Tensor) -> Tensor:
         """``Q^-1 right``."""
@@ -86,55 +78,40 @@ def dual_active_set(program: Program, dual: Dual, active: Tensor, max_steps: int
 
     Elements whose error stays above :func:`accuracy` were not solved: their sets cycle, or their rows are dependent.
     """
-    free, everyone = program.free, torch.arange(program.batch, device=program.q.device)
-    active = (active | free) & program.present
-    best = torch.where(free, active, False)
-    result = Point(
-        torch.zeros_like(program.q),
-        torch.zeros_like(program.d),
-        best,
-        torch.full_like(everyone, torch.inf, dtype=program.q.dtype),
-    )
-    index, centre = everyone, dual.invert(-program.q)
-    height = program.gap(centre)
+    free, centre = program.free, dual.invert(-program.q)
+    found = (active | free) & program.present
+    index = torch.arange(program.batch, device=program.q.device)
+    gram, height, present, now = dual.gram, program.gap(centre), program.present, found.clone()
     for _ in range(max_steps):
-        multiplier = _dual_solve(dual.gram, height, active)
-        x = centre - dual.invert(program.pull(multiplier))
-        error = program.error(x, multiplier)
-        here = Point(x, multiplier, active, error)
-        gap = program.gap(x)
-        tolerance = accuracy(x.dtype) * (1 + largest(x))[:, None]
-        changed = free | torch.where(active, multiplier > 0, gap > tolerance)
-        changed = changed & program.present
-        running = ~(error <= accuracy(x.dtype)) & (changed != active).any(1)
-        running = running & error.isfinite()
-        result = result.put(index, here)
-        keep = running.nonzero()[:, 0]  # the one host read of a step
+        multiplier = _dual_solve(gram, height, now, 1)
+        gap = torch.where(present, height - product(gram, multiplier), 0.0)
+        tolerance = accuracy(gap.dtype) * (1 + largest(height))[:, None]
+        changed = (free | torch.where(now, multiplier > 0, gap > tolerance)) & present
+        keep = (changed != now).any(1).nonzero()[:, 0]  # the one host read of a step
+        found[index] = now
         if not len(keep):
             break
-        active = changed
-        if len(keep) < len(running):
-            active, height, centre, index = changed[keep], height[keep], centre[keep], index[keep]
-            dual, program = dual.take(keep, len(running)), program.take(keep)
-    return result
+        gram = gram if len(gram) == 1 < len(index) else gram[keep]
+        height, present, now, index = height[keep], present[keep], changed[keep], index[keep]
+    multiplier = _dual_solve(dual.gram, program.gap(centre), found, 3)
+    x = centre - dual.invert(program.pull(multiplier))
+    return Point(x, multiplier, found, program.error(x, multiplier))
 
 
-def _dual_solve(gram: Tensor, height: Tensor, active: Tensor) -> Tensor:
+def _dual_solve(gram: Tensor, height: Tensor, active: Tensor, rounds: int) -> Tensor:
     """``S_WW multiplier_W = height_W``, zero elsewhere; dependent rows share, by a shift that refinement removes."""
     index, valid = gather(active)
     if not index.shape[1]:
         return torch.zeros_like(height)
-    block = submatrix(gram, index)
-    both = valid[:, :, None] & valid[:, None, :]
-    block = torch.where(both, block, 0.0)
-    shift = torch.where(
-        valid, torch.finfo(gram.dtype).eps ** 0.8 * block.diagonal(dim1=1, dim2=2).amax(1, keepdim=True), 1.0
-    )
-    factor, _ = torch.linalg.cholesky_ex(block + torch.diag_embed(shift))
+    block = torch.where(valid[:, :, None] & valid[:, None, :], submatrix(gram, index), 0.0)
+    size = block.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+    shift = torch.where(valid, torch.finfo(gram.dtype).eps ** 0.8 * size, 1.0)
+    block.diagonal(dim1=1, dim2=2).add_(shift)
+    factor, _ = torch.linalg.cholesky_ex(block)
     right = torch.where(valid, height.gather(1, index), 0.0)
-    found = torch.zeros_like(right)
-    for _ in range(2):
-        residual = torch.where(valid, right - (block @ found[..., None])[..., 0], 0.0)
+    found = torch.cholesky_solve(right[..., None], factor)[..., 0]
+    for _ in range(rounds - 1):
+        residual = right - product(block, found) + shift * found
         found = found + torch.cholesky_solve(residual[..., None], factor)[..., 0]
     return torch.zeros_like(height).scatter(1, index, torch.where(valid, found, 0.0))
 

@@ -34,7 +34,7 @@ def collect(Q: Any, q: Any, A: Any, b: Any, G: Any, h: Any, lower: Any, upper: A
         value = given[name]
         if value is None:
             empty = {"Q": (n, n), "A": (0, n), "G": (0, n)}.get(name, (0,))
-            found.append(q.new_zeros(1, *empty))
+            found.append(torch.zeros(1, *empty, dtype=q.dtype, device=q.device))  # q.new_zeros would follow its vmap
             continue
         _check_tensor(name, value, shape, q)
         if value.ndim > len(shape):
@@ -49,7 +49,7 @@ def _bound(name: str, value: Any, q: Tensor) -> Any:
     if isinstance(value, bool) or not (value is None or isinstance(value, (Tensor, Real))):
         raise TypeError(f"{name} = {_show(value)}: give a number, a floating-point tensor or None")
     if isinstance(value, Real):
-        return q.new_full(q.shape[-1:], float(value))
+        return torch.full(q.shape[-1:], float(value), dtype=q.dtype, device=q.device)
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.expand(q.shape[-1:])
     return value

@@ -76,8 +76,9 @@ class Program:
         NaN where the point is.
         """
         curve, pull = self.curve(x), self.pull(multiplier)
-        terms = largest(curve) + largest(self.q) + largest(pull)
-        stationarity = largest(curve + self.q + pull) / terms.clamp(min=torch.finfo(x.dtype).tiny)
+        size = largest(self.q)
+        terms = largest(curve) + torch.where(size > 0, size, 1.0) + largest(pull)
+        stationarity = largest(curve + self.q + pull) / terms
         gap, reach = self.gap(x), 1 + largest(x)
         feasibility = largest(torch.where(self.free, gap, gap.clamp(min=0))) / reach
         force = 1 + largest(multiplier)

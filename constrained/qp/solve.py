@@ -199,15 +199,10 @@ def _certified(task: Task, program: Program, data: Data, scale: Scale, outcome: 
     residual = measure(data, outcome.x, multiplier)
     eps = torch.finfo(program.q.dtype).eps
     atol = task.atol if task.atol is not None else (1e-8 if eps < 1e-10 else 1e-4)
-    reach = (1 + largest(outcome.x)) / torch.where(scale.row > 0, scale.row, 1.0).amin(1) if program.rows else 1.0
-    allowed = torch.stack(
-        [
-            torch.full_like(residual[:, 0], atol),
-            (64 * eps * reach + 0 * residual[:, 0]).clamp(min=atol),
-            (64 * eps * reach + 0 * residual[:, 0]).clamp(min=atol),
-        ],
-        1,
-    )
+    rounding = torch.full_like(residual[:, 0], 64 * eps)
+    if program.rows:  # of the longest row
+        rounding = rounding * (1 + largest(outcome.x)) / scale.row.amin(1)
+    allowed = torch.stack([torch.full_like(rounding, atol), rounding.clamp(min=atol), rounding.clamp(min=atol)], 1)
     close = (residual <= allowed).all(1)
     code = torch.where((outcome.code == CONVERGED) & ~close, STALLED, outcome.code)
     unsure = (outcome.code != CONVERGED) & close & (outcome.code != NONFINITE)

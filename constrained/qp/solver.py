@@ -47,7 +47,7 @@ def solve_program(program: Program, dual: Dual | None, max_steps: int, guess: Te
     point = Point(torch.zeros_like(like), torch.zeros_like(program.d), start, blank)
     steps = torch.zeros_like(blank)
     if dual is not None:
-        point = dual_active_set(program, dual, start, 20)
+        point = dual_active_set(program, dual, start, 12)
     elif guess is not None:
         point = polish(program, replace(point, active=(start | program.free) & program.present))
     left = (~(point.error <= accuracy(like.dtype))).nonzero()[:, 0]
@@ -60,7 +60,7 @@ def solve_program(program: Program, dual: Dual | None, max_steps: int, guess: Te
     outcome = _judge(program, point, steps, max_steps)
     bad = (outcome.code != CONVERGED).nonzero()[:, 0]
     if len(bad):
-        outcome = _explain(program, outcome, bad, max_steps)
+        outcome = _explain(program, outcome, bad)
         bad = ((outcome.code == STALLED) | (outcome.code == STEP_LIMIT)).nonzero()[:, 0]
     if len(bad):
         again, count = _from_inside(program.take(bad), max_steps, forceful=True)
@@ -93,13 +93,16 @@ def _judge(program: Program, point: Point, steps: Tensor, limit: int) -> Outcome
     return Outcome(point.x, point.multiplier, point.active, torch.zeros_like(point.x), code, steps)
 
 
-def _explain(program: Program, outcome: Outcome, index: Tensor, max_steps: int) -> Outcome:
+def _explain(program: Program, outcome: Outcome, index: Tensor) -> Outcome:
     """Prove that the elements have no feasible point or no bound, where that is so."""
     part, eps = program.take(index), torch.finfo(program.q.dtype).eps
-    nearest, weight = least_violation(part, max_steps)
-    violated = largest(part.violation(nearest)) > eps**0.5 * (1 + largest(nearest))
-    ray = steepest_ray(part, max_steps)
-    falls = ~violated & (largest(ray) > eps**0.4 * largest(part.q))
+    nearest, weight = least_violation(part)
+    size = 1 + largest(nearest)
+    proved = largest(part.pull(weight)) * size <= eps**0.25 * weight.square().sum(1)
+    violated = (largest(weight) > eps**0.5 * size) & proved
+    ray = steepest_ray(part)
+    feasible = largest(weight) <= eps**0.5 * size
+    falls = feasible & ((part.q * ray).sum(1) < -(eps**0.4) * largest(part.q) * largest(ray))
     code = torch.where(violated, INFEASIBLE, torch.where(falls, UNBOUNDED, outcome.code[index]))
     wide = violated[:, None]
     # An unbounded element is left at a feasible point.
@@ -115,37 +118,53 @@ def _explain(program: Program, outcome: Outcome, index: Tensor, max_steps: int) 
     )
 
 
-def least_violation(program: Program, max_steps: int) -> tuple[Tensor, Tensor]:
-    """A minimizer of ``||(C x - d)_+||^2 / 2`` (with equations: ``C x - d`` itself), and that violation.
+def least_violation(program: Program, max_steps: int = 200) -> tuple[Tensor, Tensor]:
+    """A minimizer of ``||v(x)||^2 / 2``, v the violation of every row at x, and v there; by Newton's method.
 
-    The violation v is the multiplier of its own program, ``C' v = 0`` with v >= 0 on inequalities; where it is not
-    zero ``d' v = -||v||^2 < 0`` proves that there is no feasible point.
+    At the minimizer ``C' v = 0``, with v >= 0 on inequalities. Where v is not zero ``d' v = -||v||^2 < 0`` proves that
+    there is no feasible point.
     """
-    m, n, batch = program.equalities, program.n, program.batch
-    count = program.rows - m
-    eye = torch.eye(count, dtype=program.q.dtype, device=program.q.device)[None]
-    C = program.C
-    equations, inequalities = C[:, :m], C[:, m:]
-    Q = C.new_zeros(len(C), n + count, n + count)
-    Q[:, :n, :n] = equations.mT @ equations
-    Q[:, n:, n:] = eye
-    d = program.d[:, :m]
-    pulled = (equations.mT @ d[..., None])[..., 0] if m else torch.zeros_like(program.q)
-    relaxed = Program(
-        Q=Q,
-        q=torch.cat([-pulled, program.d.new_zeros(batch, count)], 1),
-        C=torch.cat([inequalities, -eye.expand(len(C), -1, -1)], 2),
-        d=program.d[:, m:],
-        present=program.present[:, m:],
-        equalities=0,
-    )
-    found, _ = interior_point(relaxed, max_steps)
-    point = polish(relaxed, _point(relaxed, found))
-    x = point.x[:, :n]
-    return x, program.violation(x)
+    x = torch.zeros_like(program.q)
+    index = torch.arange(program.batch, device=x.device)
+    found, eps = x.clone(), torch.finfo(x.dtype).eps
+    eye = torch.eye(program.n, dtype=x.dtype, device=x.device)
+    part, value = program, program.violation(x).square().sum(1)
+    for _ in range(max_steps):
+        violation = part.violation(x)
+        slope = part.pull(violation)
+        chosen = part.C * ((violation != 0) | part.free)[..., None]
+        curvature = chosen.mT @ chosen
+        ridge = eps**0.7 * (1 + curvature.diagonal(dim1=1, dim2=2).amax(1))[:, None, None]
+        factor, _ = torch.linalg.cholesky_ex(curvature + ridge * eye)
+        step = -torch.cholesky_solve(slope[..., None], factor)[..., 0]
+        gap, along = part.gap(x), part.multiply(step)
+        length = _exact_length(gap, along, part.free)
+        ahead = x + length[:, None] * step
+        least = part.violation(ahead).square().sum(1)
+        better = least < value
+        x = torch.where(better[:, None], ahead, x)
+        found[index] = x
+        small = largest(slope) <= 8 * eps * largest(violation)
+        kept = (better & ~small & (least > 0)).nonzero()[:, 0]
+        if not len(kept):
+            break
+        part, x, value, index = part.take(kept), x[kept], least[kept], index[kept]
+    return found, program.violation(found)
 
 
-def steepest_ray(program: Program, max_steps: int) -> Tensor:
+def _exact_length(gap: Tensor, along: Tensor, free: Tensor) -> Tensor:
+    """The minimizer over [0, 1] of the convex ``||v(x + t step)||^2`` by bisection of its derivative."""
+    low, high = gap.new_zeros(len(gap)), gap.new_ones(len(gap))
+    middle = high
+    for _ in range(50):
+        value = gap + middle[:, None] * along
+        slope = (torch.where(free, value, value.clamp(min=0)) * along).sum(1)
+        low, high = torch.where(slope <= 0, middle, low), torch.where(slope <= 0, high, middle)
+        middle = (low + high) / 2
+    return torch.where(low > 0, low, high)
+
+
+def steepest_ray(program: Program, max_steps: int = 100) -> Tensor:
     """The projection of -q onto the directions v with ``Q v = 0``, ``C v = 0`` (equations) and ``C v <= 0``."""
     m, n, eps = program.equalities, program.n, torch.finfo(program.q.dtype).eps
     lead = max(len(program.C), len(program.Q))
