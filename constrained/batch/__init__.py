@@ -1,0 +1,1 @@
+"""Many small problems of one shape at once; the entry point is :func:`constrained.solve_batch`."""
