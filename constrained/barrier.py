@@ -56,6 +56,10 @@ class Sides:
             size=self.size + count,
         )
 
+    def widened(self, count: int) -> "Sides":
+        """With as many variables more that have no bounds."""
+        return replace(self, size=self.size + count)
+
     def gaps(self, w: Tensor) -> Tensor:
         """Distances to the bounds, at least the rounding of a bound."""
         info = torch.finfo(w.dtype)
@@ -99,12 +103,15 @@ class Evaluation(ABC):
     finite: bool
     point: Point
 
-    @property
-    @abstractmethod
+    @cached_property
     def gradient(self) -> Tensor:
         """Of the objective, shape (size,)."""
+        return self.gradient_of_objective()
 
-    @property
+    @abstractmethod
+    def gradient_of_objective(self) -> Tensor:
+        """The same, computed."""
+
     @abstractmethod
     def jacobian(self) -> LinearOperator:
         """Of the constraints, with respect to the first variables only; shape (m, n)."""
@@ -113,7 +120,6 @@ class Evaluation(ABC):
     def hessian(self, y: Tensor) -> LinearOperator:
         """Of ``objective + <y, constraints>`` with respect to the first variables, but for :attr:`diagonal`."""
 
-    @property
     @abstractmethod
     def diagonal(self) -> Tensor:
         """What is to be added to the diagonal of the Hessian, shape (size,)."""
@@ -149,12 +155,12 @@ class BarrierModel(ABC):
 
     def pull(self, evaluation: Evaluation, y: Tensor) -> Tensor:
         """The transposed Jacobian of C times y, shape (size,)."""
-        head = evaluation.jacobian.T @ y if self.m else y.new_zeros(self.n)
+        head = evaluation.jacobian().T @ y if self.m else y.new_zeros(self.n)
         return torch.cat([head, self.sign * y[self.row]])
 
     def push(self, evaluation: Evaluation, v: Tensor) -> Tensor:
         """The Jacobian of C times v, shape (m,)."""
-        head = evaluation.jacobian @ v[: self.n] if self.m else v.new_zeros(0)
+        head = evaluation.jacobian() @ v[: self.n] if self.m else v.new_zeros(0)
         return head.index_add(0, self.row, self.sign * v[self.n :])
 
     def lagrangian_gradient(self, evaluation: Evaluation, y: Tensor, z: Tensor) -> Tensor:
@@ -180,10 +186,10 @@ class ScaledProblem(BarrierModel):
     Args:
         lagrangian: the problem.
         scales: of the objective and of the constraints, shape (1 + m,).
-        margin: by how much slacks may be negative, relative to nothing: scaled constraints have slopes of at most 100.
+        margin: by how much bounds and inequalities may be violated; more than zero where they leave no interior.
     """
 
-    def __init__(self, lagrangian: Lagrangian, scales: Tensor) -> None:
+    def __init__(self, lagrangian: Lagrangian, scales: Tensor, margin: float = 0.0) -> None:
         self.lagrangian = lagrangian
         self.objective_scale, self.constraint_scale = float(scales[0]), scales[1:]
         lower, upper = lagrangian.lower, lagrangian.upper
@@ -192,9 +198,10 @@ class ScaledProblem(BarrierModel):
         self.base = torch.where(fixed, lower, 0.0)
         self.n, self.m, slacks = len(self.free), lagrangian.constraints, lagrangian.inequalities
         zeros = lower.new_zeros(slacks)
-        self.sides = Sides.between(
-            torch.cat([lower[self.free], zeros]), torch.cat([upper[self.free], zeros + torch.inf])
-        )
+        least = torch.cat([lower[self.free], zeros])
+        margins = margin * torch.cat([torch.ones_like(lower[self.free]), self.constraint_scale[self.m - slacks :]])
+        most = torch.cat([upper[self.free], zeros + torch.inf])
+        self.sides = Sides.between(least - margins, most + margins)
         self.row = torch.arange(lagrangian.equalities, self.m, device=self.free.device)
         self.sign = zeros + 1.0
 
@@ -229,13 +236,15 @@ class ScaledEvaluation(Evaluation):
         self.objective = model.objective_scale * float(point.objective)
         self.constraints = (model.constraint_scale * point.constraints).index_add(0, model.row, w[model.n :])
 
-    @cached_property
-    def gradient(self) -> Tensor:
+    def gradient_of_objective(self) -> Tensor:
         head = self.model.objective_scale * self.point.gradient[self.model.free]
         return torch.cat([head, torch.zeros_like(self.w[self.model.n :])])
 
-    @cached_property
     def jacobian(self) -> LinearOperator:
+        return self._jacobian
+
+    @cached_property
+    def _jacobian(self) -> LinearOperator:
         model, found = self.model, self.point.jacobian
         scale = model.constraint_scale
         if isinstance(found, Dense):
@@ -261,7 +270,6 @@ class ScaledEvaluation(Evaluation):
             return Dense(found.matrix[model.free][:, model.free], symmetric=True, positive_definite=False)
         return Product(model.selection.T, found, model.selection, symmetric=True)
 
-    @property
     def diagonal(self) -> Tensor:
         return torch.zeros_like(self.w)
 

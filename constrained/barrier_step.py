@@ -1,7 +1,7 @@
 """One primal-dual Newton step of a barrier problem, and the filter line search along it."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ SAFEGUARD = 1e10
 TINY = 10.0
 BACKTRACK = 0.5
 DUAL_SHIFT = 1e-8
+SOFT = 0.9999
 
 
 @dataclass(kw_only=True)
@@ -84,11 +85,12 @@ class NewtonStep:
 
     def __init__(self, model: BarrierModel, evaluation: Evaluation, state: BarrierState) -> None:
         self.model, self.evaluation, self.state = model, evaluation, state
+        self.broken = False  # whether the derivatives turned out not to be numbers
         self.gaps = model.sides.gaps(state.w)
         self.gradient = model.barrier_gradient(evaluation, state.mu)
         self.theta = violation(evaluation)
         self.phi = model.barrier(evaluation, state.mu)
-        self.curvatures = model.sides.gather(state.z / self.gaps) + evaluation.diagonal
+        self.curvatures = model.sides.gather(state.z / self.gaps) + evaluation.diagonal()
 
     def direction(self, rule: InertiaCorrection) -> Direction | None:
         """The step, or None where no shift makes the system right."""
@@ -100,13 +102,14 @@ class NewtonStep:
         below = state.y.new_zeros(model.m).index_add(0, model.row, 1.0 / outer)
         kkt = rule.correct(
             hessian,
-            self.evaluation.jacobian,
+            self.evaluation.jacobian(),
             self._reduced(self.evaluation.constraints, outer),
             diagonal=inner,
             dual_diagonal=below,
             last=state.shift,
             dual=DUAL_SHIFT * state.mu**0.25,
         )
+        self.broken = not kkt.finite
         if not kkt.success:
             return None
         state.shift = kkt.last
@@ -191,6 +194,26 @@ class NewtonStep:
             return True if armijo else None
         enough = theta <= (1 - THETA_MARGIN) * self.theta or phi - self.phi <= rounding - PHI_MARGIN * self.theta
         return (switches and armijo) if enough else None
+
+    def whole(self, direction: Direction) -> Trial | None:
+        """The longest step, where rounding hides what it changes; None if the values are not finite."""
+        alpha = self.longest(direction.dw)
+        evaluation = self.model.at(self.state.w + alpha * direction.dw)
+        return Trial(evaluation, alpha, direction, True) if evaluation.finite else None
+
+    def soft(self, direction: Direction) -> Trial | None:
+        """The longest step if it reduces the residual of the optimality conditions, whatever the filter says."""
+        state, dz = self.state, self.dual_step(direction.dw)
+        alpha = min(self.longest(direction.dw), longest(state.z, dz, state.boundary))
+        evaluation = self.model.at(state.w + alpha * direction.dw)
+        if not evaluation.finite:
+            return None
+        reached = replace(
+            state, w=evaluation.w, y=state.y + alpha * direction.dy, z=state.z + alpha * dz, filter=Filter()
+        )
+        before = barrier_error(self.model, self.evaluation, state, state.mu)
+        after = barrier_error(self.model, evaluation, reached, state.mu)
+        return Trial(evaluation, alpha, direction, False) if after <= SOFT * before else None
 
     def negligible(self, direction: Direction) -> bool:
         """Whether the step is within rounding of w."""

@@ -11,11 +11,12 @@ SWITCH_THETA = 1.1
 SWITCH_PHI = 2.3
 SHORTEST = 0.05
 ROUNDING = 10.0
+HUGE = 1e100
 
 
 @dataclass(kw_only=True)
 class Filter(State):
-    """Pairs (theta, phi), with the limits that the violation at the start sets (Waechter and Biegler 2006, section 2.3).
+    """Pairs (theta, phi), and limits that the violation at the start sets (Waechter and Biegler 2006, section 2.3).
 
     Attributes:
         thetas, phis: the entries.
@@ -51,7 +52,7 @@ class Filter(State):
 
     def switches(self, theta: float, slope: float, alpha: float) -> bool:
         """Whether a step of this length promises more descent than the violation is worth."""
-        return slope < 0 and alpha * (-slope) ** SWITCH_PHI > theta**SWITCH_THETA
+        return slope < 0 and alpha * _power(-slope, SWITCH_PHI) > _power(theta, SWITCH_THETA)
 
     def shortest(self, theta: float, slope: float) -> float:
         """Below this step length the restoration phase takes over."""
@@ -59,5 +60,10 @@ class Filter(State):
         if slope < 0:
             least = min(least, PHI_MARGIN * theta / -slope)
             if theta <= self.smallest:
-                least = min(least, theta**SWITCH_THETA / (-slope) ** SWITCH_PHI)
+                least = min(least, _power(theta, SWITCH_THETA) / _power(-slope, SWITCH_PHI))
         return SHORTEST * least
+
+
+def _power(base: float, exponent: float) -> float:
+    """Python raises where the result is too large."""
+    return base**exponent if base < HUGE else HUGE

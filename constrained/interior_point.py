@@ -10,23 +10,32 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from constrained.barrier import Evaluation, ScaledEvaluation, ScaledProblem
-from constrained.barrier_step import BarrierState, NewtonStep, barrier_error, violation
+from constrained.barrier import BarrierModel, Evaluation, ScaledEvaluation, ScaledProblem
+from constrained.barrier_step import BarrierState, Direction, NewtonStep, Trial, barrier_error, violation
 from constrained.inertia import InertiaCorrection
-from constrained.lagrangian import Lagrangian, Point
-from constrained.method import ConstrainedMethod, ConstrainedState
+from constrained.interior_start import begin, begin_warm, least_squares, shrink_multipliers
+from constrained.lagrangian import Lagrangian
+from constrained.method import ConstrainedMethod, ConstrainedState, smallest_curvature
 from constrained.residual import measure
 from constrained.residual import violation as largest_violation
-from constrained.restoration import PROGRESS, Restoration, enter, leave
-from implicit import Dense, Diagonal, LinearSolver, Status
+from constrained.restoration import LeastSquares, Restoration, RestorationModel, begin_l1, begin_squares, leave
+from implicit import LinearSolver, Status
 from implicit.iterate import Values
 
 ERROR_FACTOR = 10.0
-LARGE_MULTIPLIER = 1e3
-STEEP = 100.0
-SMALLEST_SCALE = 1e-8
 LOWEST = 1e-18
-LEAST_SQUARES_DAMPING = 1e-8
+PROGRESS = 0.9
+SOFT_STEPS = 10
+VISITS = 50
+SMALL_STEP = 1e-12
+SMALL_STEPS = 15
+UNBOUNDED = 1e12
+NO_INTERIOR = 1e8
+STATIONARY = 1e-8
+ROUNDING = 10.0
+POLISHING = 5
+
+MAIN, L1, SQUARES = 0, 1, 2
 
 
 @dataclass(kw_only=True)
@@ -36,180 +45,336 @@ class InteriorPointState(ConstrainedState):
     Attributes:
         scales: of the objective and the constraints, shape (1 + m + p,).
         main: the iterate of the barrier problem.
-        inner: that of the restoration phase.
-        reference: where the phase began.
-        restoring: whether the phase is on.
-        entry: the violation with which it began.
+        inner, squares: those of the two restoration phases.
+        phase: 0 outside them, 1 and 2 in them.
+        reference: where the phase began, and ``entry`` with which violation; ``visits`` counts the phases.
+        soft: consecutive steps that the filter did not accept.
+        small: consecutive steps below the precision.
+        margin: by how much bounds and inequalities may be violated.
+        floor: an objective below it counts as unbounded.
         residual: the largest KKT residual, unscaled.
+        polished: consecutive steps within the tolerance at which the curvature was that of no minimum.
     """
 
     scales: Tensor
     main: BarrierState
     inner: BarrierState
+    squares: BarrierState
     reference: Tensor
-    restoring: bool = False
+    phase: int = MAIN
     entry: float = 0.0
+    visits: int = 0
+    soft: int = 0
+    small: int = 0
+    margin: float = 0.0
+    floor: float = 0.0
     residual: float = float("inf")
+    polished: int = 0
     evaluation: ScaledEvaluation | None = field(default=None, metadata={"transient": True})
 
 
 @dataclass(frozen=True, kw_only=True)
 class InteriorPoint(ConstrainedMethod[InteriorPointState]):
-    """Newton steps on the perturbed optimality conditions, kept inside the bounds, accepted by a filter."""
+    """Primal-dual interior points with a filter line search, for equalities, inequalities, bounds, or none of them.
+
+    Inequalities get slacks, ``c(x) + s = 0`` with ``s >= 0``, and every bounded variable a logarithmic term. Each step
+    is a Newton step, with exact second derivatives, on the optimality conditions of
+
+    .. math:: \\min f(x) - \\mu \\sum_i \\log(\\text{distance to bound } i)
+              \\quad\\text{s.t.}\\quad h(x) = 0,\\; c(x) + s = 0,
+
+    kept strictly inside the bounds, and accepted by a filter: it must improve on every pair (violation, barrier value)
+    met so far in one of the two. mu shrinks superlinearly as its problems are solved. Second-order corrections,
+    shifts of the Hessian (:class:`constrained.inertia.InertiaCorrection`), and two restoration phases, towards the
+    least absolute and then the least squared violation, do the rest. Functions are evaluated inside the bounds only,
+    but for a margin of ``atol / 2`` where bounds and constraints leave no interior.
+
+    The run ends CONVERGED on the unscaled KKT residual; INFEASIBLE at a stationary point of the sum of squared
+    violations within the bounds; UNBOUNDED where the objective has fallen by twelve orders of magnitude more than its
+    size at the start over feasible points; STALLED where rounding hides all progress, as at kinks.
+
+    Args:
+        atol: the largest :class:`constrained.KKTResidual` that counts as solved; None means 1e-8 in float64 and 1e-4
+            in float32.
+        linear_solver: for the Newton systems; None takes :class:`implicit.LDLT`, :class:`implicit.SparseLU` or
+            :class:`implicit.MINRES` by size and structure.
+        barrier: the first mu. A start with ``multipliers`` begins lower, in proportion to its KKT residual.
+        decrease, power: mu becomes ``min(decrease mu, mu^power)``.
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> import torch, constrained
+        >>> disc = constrained.ConstrainedProblem(
+        ...     objective=lambda x: ((x - 2) ** 2).sum(), inequality=lambda x: (x**2).sum() - 2, lower=-1.0
+        ... )
+        >>> found = constrained.solve(disc, constrained.InteriorPoint(), torch.zeros(2))
+        >>> found.success, [round(v, 2) for v in found.x.tolist()], round(float(found.multipliers.inequality), 2)
+        (True, [1.0, 1.0], 1.0)
+    """
 
     linear_solver: LinearSolver | None = None
-    barrier: float | None = None
+    barrier: float = 0.1
     decrease: float = 0.2
     power: float = 1.5
 
-    default_max_steps: ClassVar[int] = 3_000
+    default_max_steps: ClassVar[int] = 1_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.linear_solver is not None and not isinstance(self.linear_solver, LinearSolver):
+            raise TypeError(f"linear_solver must be such as implicit.LDLT(), or None; got {self.linear_solver!r}")
+        if not 0 < self.barrier < float("inf"):
+            raise ValueError(f"barrier must be positive, got {self.barrier!r}")
+        if not 0 < self.decrease < 1:
+            raise ValueError(f"decrease must lie in (0, 1), got {self.decrease!r}")
+        if not 1 < self.power < 2:
+            raise ValueError(f"power must lie in (1, 2), got {self.power!r}; the Newton steps are quadratic at best")
 
     def init(self, problem: Lagrangian, *start: Any, generator: torch.Generator | None = None) -> InteriorPointState:
+        """Scales, a point inside the bounds, and multipliers: given, or of least squares."""
         x0, given = start[0], start[1] if len(start) > 1 else None
-        unscaled = ScaledProblem(problem, x0.new_ones(1 + problem.constraints))
-        u = unscaled.sides.inside(torch.cat([x0[unscaled.free], x0.new_ones(problem.inequalities)]))[: unscaled.n]
-        point = problem.at(unscaled.x(u))
-        scales = _scales(problem, point)
-        model = ScaledProblem(problem, scales)
-        slacks = -(scales[1:] * point.constraints)[problem.equalities :]
-        w = model.sides.inside(torch.cat([u, torch.nan_to_num(slacks)]))
-        evaluation = ScaledEvaluation(model, w, point)
-        main = BarrierState(w=w, y=x0.new_zeros(model.m), z=torch.ones_like(model.sides.bound), mu=self.barrier or 0.1)
-        if evaluation.finite:
-            main.filter.limit(violation(evaluation))
-            main.y = self._estimate(model, evaluation, main.z)
-        size, k = model.size + 2 * model.m, len(main.z) + 2 * model.m
-        inner = BarrierState(w=x0.new_zeros(size), y=torch.zeros_like(main.y), z=x0.new_zeros(k), mu=1.0)
+        if given is None:
+            model, evaluation, main = begin(problem, x0, self.barrier)
+            if evaluation.finite:
+                main.y = least_squares(model, evaluation, main.z, self._inertia)
+        else:
+            model, evaluation, main = begin_warm(problem, x0, given, self._least(1.0), self.barrier)
+        main.filter.limit(violation(evaluation))
+        size, k, m = model.size, len(main.z), model.m
         zeros = torch.zeros_like(x0)
         state = InteriorPointState(
-            x=point.x.clone(),
+            x=evaluation.point.x,
             equality=x0.new_zeros(problem.equalities),
             inequality=x0.new_zeros(problem.inequalities),
             lower=zeros,
             upper=zeros.clone(),
             generator=generator or torch.Generator().manual_seed(0),
-            scales=scales,
+            scales=torch.cat([x0.new_tensor([model.objective_scale]), model.constraint_scale]),
             main=main,
-            inner=inner,
-            reference=torch.zeros_like(w),
+            inner=_blank(x0, size + 2 * m, m, k + 2 * m),
+            squares=_blank(x0, size + m, m, k),
+            reference=x0.new_zeros(size),
+            floor=-UNBOUNDED * _magnitude(evaluation),
         )
         state.verdict = "" if evaluation.finite else "NONFINITE"
         self._publish(problem, model, state, evaluation)
         return state
 
-    def _shrink_multipliers(self, model: ScaledProblem, evaluation: Evaluation, state: BarrierState) -> None:
-        """Where gradients of constraints depend on each other, huge multipliers may do no more than small ones."""
-        if not model.m or not float(state.y.abs().amax()) > LARGE_MULTIPLIER:
-            return
-        y = self._estimate(model, evaluation, state.z, damping=LEAST_SQUARES_DAMPING)
-        before, after = (float(model.lagrangian_gradient(evaluation, v, state.z).abs().amax()) for v in (state.y, y))
-        if after <= before:
-            state.y = y
-
-    def _estimate(self, model: ScaledProblem, evaluation: Evaluation, z: Tensor, damping: float = 0.0) -> Tensor:
-        """Least-squares multipliers; zero where they are too large to be of use."""
-        if not model.m:
-            return z.new_zeros(0)
-        right = -model.lagrangian_gradient(evaluation, z.new_zeros(model.m), z)
-        ones = right.new_ones(model.n)
-        below = right.new_zeros(model.m).index_add(0, model.row, torch.ones_like(model.sign))
-        identity = Diagonal(ones) if evaluation.jacobian.to_sparse() is not None else Dense(torch.diag(ones))
-        bottom = right.new_zeros(model.m).index_add(0, model.row, -model.sign * right[model.n :])
-        kkt = InertiaCorrection(linear_solver=self.linear_solver).correct(
-            identity, evaluation.jacobian, torch.cat([right[: model.n], bottom]), dual_diagonal=below + damping
-        )
-        y = kkt.system.split(kkt.step)[1]
-        return y if kkt.success and float(y.abs().amax()) <= LARGE_MULTIPLIER else torch.zeros_like(y)
-
     def step(self, problem: Lagrangian, state: InteriorPointState) -> Values:
-        model = ScaledProblem(problem, state.scales)
-        values = self._restore(problem, model, state) if state.restoring else self._advance(problem, model, state)
-        return {"residual": state.residual, **values}
+        """One Newton step of the problem or of a restoration phase."""
+        model = ScaledProblem(problem, state.scales, state.margin)
+        if state.phase == MAIN:
+            trial, iterate = self._advance(problem, model, state), state.main
+        else:
+            trial, iterate = self._restore(problem, model, state)
+        point = state.at(problem)
+        self._settle(problem, state)
+        return {
+            "residual": state.residual,
+            "objective": point.objective,
+            "feasibility": largest_violation(problem, point),
+            "mu": iterate.mu,
+            "step_length": trial.alpha if trial else 0.0,
+            "shift": trial.direction.kkt.primal if trial else 0.0,
+            "phase": float(state.phase),
+        }
 
     def terminate(self, problem: Lagrangian, state: InteriorPointState) -> Status:
+        """From the unscaled KKT residual, or what a step has established."""
         assert self.atol is not None
-        if not state.restoring and state.residual <= self.atol:
+        if state.residual <= self.atol and not 0 < state.polished <= POLISHING:
             return Status.CONVERGED
         return Status[state.verdict] if state.verdict else Status.RUNNING
 
-    def _advance(self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState) -> Values:
-        evaluation = self._evaluation(problem, model, state)
-        main = state.main
-        self._shrink_multipliers(model, evaluation, main)
-        self._update_barrier(model, evaluation, main)
+    def _settle(self, problem: Lagrangian, state: InteriorPointState) -> None:
+        """Go on for a few steps where the curvature looks wrong: with a smaller mu it may be clear what is active."""
+        assert self.atol is not None
+        if state.residual > self.atol or not len(state.main.z):
+            return
+        curvature = smallest_curvature(problem, state.at(problem), state.multipliers)
+        wrong = curvature is not None and curvature < -(self.atol**0.5)
+        state.polished = state.polished + 1 if wrong else 0
+
+    @property
+    def _inertia(self) -> InertiaCorrection:
+        return InertiaCorrection(linear_solver=self.linear_solver)
+
+    def _least(self, scale: float) -> float:
+        """The mu at which the conditions should hold to the tolerance."""
+        assert self.atol is not None
+        return self.atol / (ERROR_FACTOR + 1) * min(1.0, scale)
+
+    def _advance(self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState) -> Trial | None:
+        """A step of the problem itself; None where a restoration phase is due instead."""
+        main, evaluation = state.main, self._evaluation(problem, model, state)
+        feasible = float(largest_violation(problem, evaluation.point)) <= self._tolerance(evaluation)
+        if float(evaluation.point.objective) < state.floor:
+            if feasible:
+                state.verdict = "UNBOUNDED"
+            else:
+                self._begin_phase(state, evaluation, NewtonStep(model, evaluation, main))
+            return None
+        if self._has_no_interior(model, state):
+            self._relax(problem, state)
+            return None
+        shrink_multipliers(model, evaluation, main, self._inertia)
+        self._update_barrier(model, evaluation, main, self._least(model.objective_scale))
         newton = NewtonStep(model, evaluation, main)
-        direction = newton.direction(InertiaCorrection(linear_solver=self.linear_solver))
+        direction = newton.direction(self._inertia)
+        trial = self._search(newton, direction, state)
+        if trial is None:
+            self._give_up(problem, model, state, evaluation, newton)
+            return None
+        newton.accept(trial)
+        moved = trial.alpha * (trial.direction.dw.abs() / (1 + main.w.abs())).amax()
+        state.small = state.small + 1 if float(moved) < SMALL_STEP else 0
+        assert isinstance(trial.evaluation, ScaledEvaluation)
+        self._publish(problem, model, state, trial.evaluation)
+        if state.small >= SMALL_STEPS:
+            state.small = 0
+            self._give_up(problem, model, state, trial.evaluation, NewtonStep(model, trial.evaluation, main))
+        return trial
+
+    def _search(self, newton: NewtonStep, direction: Direction | None, state: InteriorPointState) -> Trial | None:
+        assert self.atol is not None
+        if direction is None:
+            return None
+        if newton.negligible(direction):
+            return newton.whole(direction) if newton.theta <= self.atol else None
+        trial = newton.search(direction)
+        state.soft = 0 if trial is not None else state.soft + 1
+        return newton.soft(direction) if trial is None and state.soft <= SOFT_STEPS else trial
+
+    def _give_up(
+        self,
+        problem: Lagrangian,
+        model: ScaledProblem,
+        state: InteriorPointState,
+        evaluation: ScaledEvaluation,
+        newton: NewtonStep,
+    ) -> None:
+        """Where no step is accepted: restore feasibility, or stop where there is nothing to restore."""
+        assert self.atol is not None
+        if newton.broken:
+            state.verdict = "NONFINITE"
+        elif float(largest_violation(problem, evaluation.point)) <= 0.1 * self.atol or state.visits >= VISITS:
+            state.verdict = "STALLED"
+        else:
+            self._begin_phase(state, evaluation, newton)
+
+    def _begin_phase(self, state: InteriorPointState, evaluation: ScaledEvaluation, newton: NewtonStep) -> None:
+        main = state.main
+        main.filter.add(newton.theta, newton.phi)
+        state.phase, state.entry, state.reference = L1, newton.theta, main.w.clone()
+        state.visits += 1
+        begin_l1(evaluation, main, state.inner)
+
+    def _restore(
+        self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState
+    ) -> tuple[Trial | None, BarrierState]:
+        """A step of the restoration phase."""
+        iterate = state.inner if state.phase == L1 else state.squares
+        base = self._evaluation(problem, model, state)
+        phase = self._phase(model, state)
+        evaluation = phase.around(base, iterate.w)
+        least = 0.1 * STATIONARY
+        if self._update_barrier(phase, evaluation, iterate, least):
+            phase = self._phase(model, state)
+            evaluation = phase.around(base, iterate.w)
+        if barrier_error(phase, evaluation, iterate, 0.0) <= self._stationary(iterate):
+            self._end_phase(problem, model, state, base)
+            return None, iterate
+        newton = NewtonStep(phase, evaluation, iterate)
+        direction = newton.direction(self._inertia)
         trial = None
         if direction is not None:
-            trial = newton.search(direction)
-        if trial is None:
-            return self._begin_restoration(problem, model, state, evaluation, newton)
+            trial = newton.whole(direction) if newton.negligible(direction) else newton.search(direction)
+            iterate.tiny = iterate.tiny + 1 if newton.negligible(direction) else 0
+            trial = trial or newton.soft(direction)
+        if trial is None or iterate.tiny > 2:
+            self._end_phase(problem, model, state, base)
+            return None, iterate
         newton.accept(trial)
-        self._publish(problem, model, state, trial.evaluation)
-        return self._values(state, trial.evaluation, main, trial.alpha, trial.direction.kkt.primal)
+        found = trial.evaluation.inner  # type: ignore[attr-defined]
+        self._publish(problem, model, state, found)
+        self._leave_if_better(problem, model, state, found)
+        return trial, iterate
 
-    def _update_barrier(self, model: Any, evaluation: Evaluation, state: BarrierState) -> bool:
-        """Lower mu while its problem is solved; whether it changed."""
+    def _phase(self, model: ScaledProblem, state: InteriorPointState) -> RestorationModel:
+        return Restoration(model, state.reference, state.inner.mu) if state.phase == L1 else LeastSquares(model)
+
+    def _stationary(self, iterate: BarrierState) -> float:
+        """The residual at which a phase has converged, relative to its multipliers: those are what it minimises."""
+        return STATIONARY * min(1.0, float(iterate.y.abs().amax()))
+
+    def _leave_if_better(
+        self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState, found: ScaledEvaluation
+    ) -> None:
+        theta, main = violation(found), state.main
+        phi = model.barrier(found, main.mu)
+        if theta <= PROGRESS * state.entry and main.filter.accepts(theta, phi, torch.finfo(main.w.dtype).eps):
+            self._leave(problem, model, state, found)
+
+    def _leave(
+        self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState, found: ScaledEvaluation
+    ) -> None:
+        leave(model, state.main, found.w)
+        state.main.y = least_squares(model, found, state.main.z, self._inertia)
+        state.phase = MAIN
+        self._publish(problem, model, state, found)
+
+    def _end_phase(
+        self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState, found: ScaledEvaluation
+    ) -> None:
+        """Where a phase has converged or can do no more: go on to the next, back to the problem, or stop."""
+        if float(largest_violation(problem, found.point)) <= self._tolerance(found):
+            state.main.filter.reset()
+            self._leave(problem, model, state, found)
+        elif state.phase == L1:
+            state.phase = SQUARES
+            begin_squares(LeastSquares(model), found, state.squares)
+        else:
+            phase = LeastSquares(model)
+            error = barrier_error(phase, phase.around(found, state.squares.w), state.squares, 0.0)
+            certain = error <= 1e3 * self._stationary(state.squares)
+            state.verdict = "INFEASIBLE" if certain else "STALLED"
+
+    def _tolerance(self, evaluation: Evaluation) -> float:
+        """What counts as feasible at points of this size."""
         assert self.atol is not None
-        least = (
-            self.atol
-            / (ERROR_FACTOR + 1)
-            * min(1.0, model.objective_scale if hasattr(model, "objective_scale") else 1.0)
-        )
-        changed = False
+        x = evaluation.point.x
+        return self.atol + ROUNDING * torch.finfo(x.dtype).eps * float(x.abs().amax())
+
+    def _update_barrier(self, model: BarrierModel, evaluation: Evaluation, state: BarrierState, least: float) -> bool:
+        """Lower mu while its problem is solved; whether it changed. Below ``least`` only if that was not enough."""
         if not len(state.z):
             return False
-        while barrier_error(model, evaluation, state, state.mu) <= ERROR_FACTOR * state.mu and state.mu > LOWEST:
-            least = least if state.mu > least else LOWEST
-            state.mu = max(least, min(self.decrease * state.mu, state.mu**self.power))
+        changed = False
+        while state.mu > LOWEST and barrier_error(model, evaluation, state, state.mu) <= ERROR_FACTOR * state.mu:
+            floor = least if state.mu > least else LOWEST
+            state.mu = max(floor, min(self.decrease * state.mu, state.mu**self.power))
             state.filter.reset()
             changed = True
         return changed
 
-    def _begin_restoration(
-        self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState, evaluation: Any, newton: NewtonStep
-    ) -> Values:
+    def _has_no_interior(self, model: ScaledProblem, state: InteriorPointState) -> bool:
+        """Multipliers run away where the feasible points do not leave the bounds."""
         main = state.main
-        if newton.theta <= 1e-13 or not model.m:
-            state.verdict = "STALLED"
-            return self._values(state, evaluation, main, 0.0, 0.0)
-        main.filter.add(newton.theta, newton.phi)
-        state.restoring, state.entry, state.reference = True, newton.theta, main.w.clone()
-        enter(model, evaluation, main, state.inner)
-        return self._restore(problem, model, state)
+        return not state.margin and len(main.z) > 0 and float(main.z.amax()) > NO_INTERIOR
 
-    def _restore(self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState) -> Values:
+    def _relax(self, problem: Lagrangian, state: InteriorPointState) -> None:
+        """Give bounds and inequalities a margin within the tolerance."""
         assert self.atol is not None
-        inner, base = state.inner, self._evaluation(problem, model, state)
-        phase = Restoration(model, state.reference, inner.mu)
-        evaluation = phase.around(base, inner.w)
-        if self._update_barrier(phase, evaluation, inner):
-            phase = Restoration(model, state.reference, inner.mu)
-            evaluation = phase.around(base, inner.w)
-        newton = NewtonStep(phase, evaluation, inner)
-        direction = newton.direction(InertiaCorrection(linear_solver=self.linear_solver))
-        trial = None if direction is None else newton.search(direction)
-        if trial is None:
-            bad = float(largest_violation(problem, base.point)) > self.atol
-            state.verdict = "INFEASIBLE" if bad else "STALLED"
-            return self._values(state, base, inner, 0.0, 0.0)
-        newton.accept(trial)
-        found = trial.evaluation.inner
-        self._publish(problem, model, state, found)
-        theta, main = violation(found), state.main
-        phi = model.barrier(found, main.mu)
-        if theta <= PROGRESS * state.entry and main.filter.accepts(theta, phi, torch.finfo(main.w.dtype).eps):
-            leave(model, main, found.w)
-            main.y = self._estimate(model, found, main.z)
-            state.restoring = False
-            self._publish(problem, model, state, found)
-        elif barrier_error(phase, trial.evaluation, inner, 0.0) <= 1e-8:
-            state.verdict = "INFEASIBLE"
-        return self._values(state, found, inner, trial.alpha, trial.direction.kkt.primal)
+        main, state.margin = state.main, 0.5 * self.atol
+        model = ScaledProblem(problem, state.scales, state.margin)
+        main.z = torch.minimum(main.z, main.mu / model.sides.gaps(main.w))
+        main.filter.reset()
 
     def _evaluation(self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState) -> ScaledEvaluation:
         if state.evaluation is None:
-            w = state.inner.w[: model.size] if state.restoring else state.main.w
+            w = (state.main, state.inner, state.squares)[state.phase].w[: model.size]
             state.evaluation = ScaledEvaluation(model, w, state.at(problem))
         return state.evaluation
 
@@ -219,47 +384,26 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
         """The iterate in the problem's own terms."""
         main, point = state.main, evaluation.point
         state.evaluation, state.point, state.x = evaluation, point, point.x
+        if not point.finite:
+            return
         y = model.constraint_scale * main.y / model.objective_scale
         state.equality, state.inequality = y[: problem.equalities], y[problem.equalities :].clamp(min=0.0)
         sides, z = model.sides, main.z / model.objective_scale
-        lower = sides.gather(torch.where(sides.sign > 0, z, 0.0))[: model.n]
-        upper = sides.gather(torch.where(sides.sign < 0, z, 0.0))[: model.n]
-        zeros = torch.zeros_like(state.x)
-        state.lower, state.upper = zeros.index_copy(0, model.free, lower), zeros.index_copy(0, model.free, upper)
-        if model.reduced and point.finite:
+        parts = [sides.gather(torch.where(sides.sign == sign, z, 0.0))[: model.n] for sign in (1.0, -1.0)]
+        state.lower, state.upper = (torch.zeros_like(state.x).index_copy(0, model.free, part) for part in parts)
+        if model.reduced:
             slope = point.lagrangian_gradient(torch.cat([state.equality, state.inequality]))
-            slope[model.free] = 0.0
+            slope = slope.index_fill(0, model.free, 0.0)
             state.lower, state.upper = state.lower + slope.clamp(min=0.0), state.upper + (-slope).clamp(min=0.0)
-        if point.finite:
-            state.residual = float(measure(problem, point, state.multipliers).amax())
-
-    def _values(
-        self, state: InteriorPointState, evaluation: Evaluation, iterate: BarrierState, alpha: float, shift: float
-    ) -> dict[str, Any]:
-        return {
-            "residual": state.residual,
-            "objective": evaluation.point.objective,
-            "feasibility": float(evaluation.constraints.abs().amax()) if len(evaluation.constraints) else 0.0,
-            "barrier": iterate.mu,
-            "step_length": alpha,
-            "shift": shift,
-            "restoring": float(state.restoring),
-        }
+        state.residual = float(measure(problem, point, state.multipliers).amax())
 
 
-def _scales(problem: Lagrangian, point: Point) -> Tensor:
-    """Factors that bring slopes above 100 down to it."""
-    ones = point.x.new_ones(1 + problem.constraints)
-    if not point.finite:
-        return ones
-    ones[0] = min(1.0, STEEP / max(float(point.gradient.abs().amax()), 1e-300))
-    jacobian = point.jacobian
-    if isinstance(jacobian, Dense):
-        slopes = jacobian.matrix.abs().amax(dim=1) if problem.constraints else ones[1:]
-    else:
-        matrix = jacobian.to_sparse()
-        if matrix is None:
-            return ones
-        slopes = torch.as_tensor(abs(matrix).max(axis=1).toarray().ravel(), dtype=ones.dtype, device=ones.device)
-    ones[1:] = torch.clamp(STEEP / slopes.clamp(min=STEEP), min=SMALLEST_SCALE)
-    return ones.clamp(min=SMALLEST_SCALE)
+def _magnitude(evaluation: ScaledEvaluation) -> float:
+    """The size of f and its slope where the run begins."""
+    point = evaluation.point
+    return max(1.0, abs(float(point.objective)), float(point.gradient.abs().amax())) if evaluation.finite else 1.0
+
+
+def _blank(like: Tensor, size: int, m: int, k: int) -> BarrierState:
+    """Room for a restoration phase."""
+    return BarrierState(w=like.new_zeros(size), y=like.new_zeros(m), z=like.new_zeros(k), mu=1.0)

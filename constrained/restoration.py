@@ -1,6 +1,4 @@
-"""The restoration phase: the point nearest to feasibility near where the line search failed."""
-
-from functools import cached_property
+"""The restoration phases: towards feasibility, from where the line search failed."""
 
 import torch
 from torch import Tensor
@@ -11,11 +9,36 @@ from constrained.filter import Filter
 from implicit import LinearOperator
 
 WEIGHT = 1e3
-PROGRESS = 0.9
 LARGE_MULTIPLIER = 1e3
+SQUARES_BARRIER = 1e-3
 
 
-class Restoration(BarrierModel):
+class RestorationModel(BarrierModel):
+    """Makes the constraints of another problem elastic; its first variables are those of that problem."""
+
+    base: ScaledProblem
+
+    def at(self, w: Tensor) -> "RestorationEvaluation":
+        return self.around(self.base.at(w[: self.base.size]), w)
+
+    def around(self, inner: ScaledEvaluation, w: Tensor) -> "RestorationEvaluation":
+        """The evaluation at w, where the problem has been evaluated at ``w[:base.size]`` already."""
+        raise NotImplementedError
+
+
+class RestorationEvaluation(Evaluation):
+    """At one w, with the evaluation of the problem that it rests on."""
+
+    inner: ScaledEvaluation
+
+    def jacobian(self) -> LinearOperator:
+        return self.inner.jacobian()
+
+    def hessian(self, y: Tensor) -> LinearOperator:
+        return self.inner.weighted_hessian(y, 0.0)
+
+
+class Restoration(RestorationModel):
     """``min rho sum(n + p) + zeta / 2 ||D (w - r)||^2 s.t. C(w) + n - p = 0, n, p >= 0, bounds on w``.
 
     The l1 norm of the constraints, made smooth by their positive and negative parts, with a pull towards the point r
@@ -34,70 +57,100 @@ class Restoration(BarrierModel):
         rows = torch.arange(base.m, device=base.row.device)
         ones = reference.new_ones(base.m)
         self.row, self.sign = torch.cat([base.row, rows, rows]), torch.cat([base.sign, ones, -ones])
-        self.pull_weights = mu**0.5 / reference.abs().clamp(min=1.0) ** 2
+        self.weights = mu**0.5 / reference.abs().clamp(min=1.0) ** 2
 
-    def at(self, w: Tensor) -> "RestorationEvaluation":
-        return self.around(self.base.at(w[: self.base.size]), w)
-
-    def around(self, inner: ScaledEvaluation, w: Tensor) -> "RestorationEvaluation":
-        """The same where the problem has been evaluated at ``w[:base.size]`` already."""
-        return RestorationEvaluation(self, inner, w)
+    def around(self, inner: ScaledEvaluation, w: Tensor) -> "_L1Evaluation":
+        return _L1Evaluation(self, inner, w)
 
 
-class RestorationEvaluation(Evaluation):
-    """See :class:`Restoration`."""
-
+class _L1Evaluation(RestorationEvaluation):
     def __init__(self, model: Restoration, inner: ScaledEvaluation, w: Tensor) -> None:
         self.model, self.inner, self.w, self.point = model, inner, w, inner.point
         size, m = model.base.size, model.m
         self.offset = w[:size] - model.reference
         n, p = w[size : size + m], w[size + m :]
-        self.objective = float(WEIGHT * (n + p).sum() + 0.5 * (model.pull_weights * self.offset**2).sum())
+        self.objective = float(WEIGHT * (n + p).sum() + 0.5 * (model.weights * self.offset**2).sum())
         self.constraints = inner.constraints + n - p
         self.finite = inner.finite
 
-    @cached_property
-    def gradient(self) -> Tensor:
-        violations = self.w.new_full((2 * self.model.m,), WEIGHT)
-        return torch.cat([self.model.pull_weights * self.offset, violations])
+    def gradient_of_objective(self) -> Tensor:
+        return torch.cat([self.model.weights * self.offset, self.w.new_full((2 * self.model.m,), WEIGHT)])
 
-    @property
-    def jacobian(self) -> LinearOperator:
-        return self.inner.jacobian
-
-    def hessian(self, y: Tensor) -> LinearOperator:
-        return self.inner.weighted_hessian(y, 0.0)
-
-    @cached_property
     def diagonal(self) -> Tensor:
-        return torch.cat([self.model.pull_weights, self.w.new_zeros(2 * self.model.m)])
+        return torch.cat([self.model.weights, self.w.new_zeros(2 * self.model.m)])
 
 
-def violations(constraints: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-    """The n and p that minimise the barrier function of the phase for fixed w, with ``C + n - p = 0``."""
+class LeastSquares(RestorationModel):
+    """``min 1/2 sum_i (weight_i r_i)^2 s.t. C(w) - r = 0, bounds on w``.
+
+    The sum of squares of the violations as the user states them. Where the l1 norm has a minimum that is none of the
+    squares, this goes on; where it has not, the point is infeasible in both senses.
+    """
+
+    def __init__(self, base: ScaledProblem) -> None:
+        self.base, self.n, self.m = base, base.n, base.m
+        self.sides = base.sides.widened(base.m)
+        rows = torch.arange(base.m, device=base.row.device)
+        ones = base.constraint_scale.new_ones(base.m)
+        self.row, self.sign = torch.cat([base.row, rows]), torch.cat([base.sign, -ones])
+        scale = base.constraint_scale
+        self.weights = (scale.min() / scale) ** 2
+
+    def around(self, inner: ScaledEvaluation, w: Tensor) -> "_SquaresEvaluation":
+        return _SquaresEvaluation(self, inner, w)
+
+
+class _SquaresEvaluation(RestorationEvaluation):
+    def __init__(self, model: LeastSquares, inner: ScaledEvaluation, w: Tensor) -> None:
+        self.model, self.inner, self.w, self.point = model, inner, w, inner.point
+        self.residuals = w[model.base.size :]
+        self.objective = 0.5 * float((model.weights * self.residuals**2).sum())
+        self.constraints = inner.constraints - self.residuals
+        self.finite = inner.finite
+
+    def gradient_of_objective(self) -> Tensor:
+        return torch.cat([self.w.new_zeros(self.model.base.size), self.model.weights * self.residuals])
+
+    def diagonal(self) -> Tensor:
+        return torch.cat([self.w.new_zeros(self.model.base.size), self.model.weights])
+
+
+def elastic(constraints: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    """The n and p that minimise the barrier function of the l1 phase for fixed w, with ``C + n - p = 0``."""
     a = (mu - WEIGHT * constraints) / (2 * WEIGHT)
-    n = a + torch.sqrt(a**2 + mu * constraints / (2 * WEIGHT))
-    # For C >> mu the two terms cancel; the root is the product of the roots over the other one.
-    other = a - torch.sqrt(a**2 + mu * constraints / (2 * WEIGHT))
-    stable = -mu * constraints / (2 * WEIGHT) / torch.where(other < 0, other, -1.0)
-    n = torch.where((a < 0) & (other < 0), stable, n).clamp(min=torch.finfo(n.dtype).tiny)
-    return n, constraints + n
+    b = mu * constraints / (2 * WEIGHT)
+    root = torch.sqrt(a**2 + b)
+    # For large C the two terms of a + root cancel; their product with a - root is -b.
+    n = torch.where(a < 0, b / torch.where(a < 0, root - a, 1.0), a + root).clamp(min=torch.finfo(a.dtype).tiny)
+    return n, (constraints + n).clamp(min=torch.finfo(a.dtype).tiny)
 
 
-def enter(base: ScaledProblem, evaluation: Evaluation, state: BarrierState, inner: BarrierState) -> None:
-    """Start the phase at ``state.w``: fills ``inner``."""
+def begin_l1(evaluation: ScaledEvaluation, state: BarrierState, inner: BarrierState) -> None:
+    """Fill ``inner`` with a start of :class:`Restoration` at ``state.w``."""
     constraints = evaluation.constraints
-    inner.mu = max(state.mu, float(constraints.abs().amax()) if len(constraints) else 0.0)
-    n, p = violations(constraints, inner.mu)
-    inner.w = torch.cat([state.w, n, p])
-    inner.y = torch.zeros_like(state.y)
-    inner.z = torch.cat([state.z.clamp(max=WEIGHT), inner.mu / n, inner.mu / p.clamp(min=torch.finfo(p.dtype).tiny)])
-    inner.filter, inner.shift, inner.tiny = Filter(), 0.0, 0
-    inner.filter.limit(0.0)
+    inner.mu = max(state.mu, float(constraints.abs().amax()))
+    n, p = elastic(constraints, inner.mu)
+    inner.w, inner.y = torch.cat([state.w, n, p]), torch.zeros_like(state.y)
+    inner.z = torch.cat([state.z.clamp(max=WEIGHT), inner.mu / n, inner.mu / p])
+    _fresh(inner)
+
+
+def begin_squares(model: LeastSquares, evaluation: ScaledEvaluation, squares: BarrierState) -> None:
+    """Fill ``squares`` with a start of :class:`LeastSquares` at the point of ``evaluation``."""
+    residuals = evaluation.constraints
+    squares.mu = SQUARES_BARRIER
+    squares.w, squares.y = torch.cat([evaluation.w, residuals]), model.weights * residuals
+    squares.z = squares.mu / model.sides.gaps(squares.w)
+    _fresh(squares)
+
+
+def _fresh(state: BarrierState) -> None:
+    state.filter, state.shift, state.tiny = Filter(), 0.0, 0
+    state.filter.limit(0.0)
 
 
 def leave(base: ScaledProblem, state: BarrierState, w: Tensor) -> None:
-    """Put the end of the phase into ``state``; its constraint multipliers are left to be estimated."""
+    """Put the end of a phase into ``state``; its constraint multipliers are left to be estimated."""
     gaps = base.sides.gaps(state.w)
     dz = state.mu / gaps - state.z - state.z / gaps * base.sides.along(w - state.w)
     z = state.z + longest(state.z, dz, state.boundary) * dz

@@ -203,6 +203,7 @@ define(
     lambda a, b, c: [3 * a - 2 * b**2 - 7, 4 * a - c**2 - 11],
     start=(0, 0, 0),
     f_star=-143.64614219778025,
+    other_minima=(-81.9190960946274,),
     tags="hock-schittkowski",
     note="at the start the gradients of both constraints are multiples of the first unit vector",
 )
