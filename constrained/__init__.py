@@ -9,6 +9,12 @@ if getattr(_implicit, "ENGINE_OF", None) != "bilevel":
         "bilevel (or remove a local implicit.py)"
     )
 
+from constrained.augmented_lagrangian import AugmentedLagrangian as AugmentedLagrangian
+from constrained.batch.newton import BatchedNewton as BatchedNewton
+from constrained.batch.solution import BatchSolution as BatchSolution
+from constrained.batched import solve_batch as solve_batch
+from constrained.differentiable import OptimalPoint as OptimalPoint
+from constrained.differentiable import differentiable as differentiable
 from constrained.interior_point import InteriorPoint as InteriorPoint
 from constrained.kkt_system import KKTSystem as KKTSystem
 from constrained.lagrangian import Lagrangian as Lagrangian
@@ -21,8 +27,11 @@ from constrained.problem import EqualityProblem as EqualityProblem
 from constrained.problem import Problem as Problem
 from constrained.qp.solution import QPSolution as QPSolution
 from constrained.quadratic_program import solve_qp as solve_qp
+from constrained.registry import methods as methods
 from constrained.residual import KKTResidual as KKTResidual
 from constrained.residual import kkt_residual as kkt_residual
+from constrained.scipy_interface import from_scipy as from_scipy
+from constrained.scipy_interface import to_scipy as to_scipy
 from constrained.sets import Affine as Affine
 from constrained.sets import Ball as Ball
 from constrained.sets import Box as Box
@@ -47,7 +56,10 @@ from constrained.solve import solve as solve
 __all__ = [
     "AdaSketchNewton",
     "Affine",
+    "AugmentedLagrangian",
     "Ball",
+    "BatchSolution",
+    "BatchedNewton",
     "BlockGaussian",
     "BlockKaczmarz",
     "Box",
@@ -65,9 +77,10 @@ __all__ = [
     "Lagrangian",
     "Multipliers",
     "Nonnegative",
+    "OptimalPoint",
     "Point",
-    "Problem",
     "Polyhedron",
+    "Problem",
     "Product",
     "QPSolution",
     "SecondOrderCone",
@@ -76,7 +89,12 @@ __all__ = [
     "SketchAndProject",
     "Solution",
     "WholeSpace",
+    "differentiable",
+    "from_scipy",
     "kkt_residual",
+    "methods",
     "solve",
+    "solve_batch",
     "solve_qp",
+    "to_scipy",
 ]

@@ -84,7 +84,7 @@ class Lagrangian:
     def flat_multipliers(
         self, equality: Tree = None, inequality: Tree = None, lower: Tree = None, upper: Tree = None
     ) -> FlatMultipliers:
-        """Multipliers as vectors; None becomes zeros.
+        """Multipliers as vectors; None and ``()`` become zeros.
 
         Raises:
             ValueError: if one does not have the structure and shapes of what it multiplies.
@@ -100,7 +100,7 @@ class Lagrangian:
         return Multipliers(*parts)
 
     def _flat_multiplier(self, name: str, value: Tree, like: Tree) -> Tensor:
-        if value is None or (not tree.leaves(like) and not tree.leaves(value)):
+        if value is None or (isinstance(value, tuple) and not value) or not (tree.leaves(like) or tree.leaves(value)):
             return torch.zeros(tree.size(like), dtype=self.dtype, device=self.device)
         try:
             aligned = tree.map(lambda _, leaf: leaf, like, value)

@@ -1,4 +1,4 @@
-"""The Newton step on the KKT conditions, with the matrix made to have the inertia of a minimum."""
+"""The Newton step on the KKT conditions, by factorisation or by iteration, with the curvature of a minimum."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -6,117 +6,159 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from constrained.inertia import CorrectedKKT, InertiaCorrection
 from constrained.kkt_system import KKTSystem
-from implicit import LDLT, Dense, LinearOperator, LinearSolver
+from constrained.sketch_solver import SketchAndProject
+from implicit import LinearOperator, LinearSolver, SparseLU
+from implicit.linear_solvers.dense import DenseSolver
 
-FIRST_SHIFT = 1e-4
-"""The first shift tried, relative to the largest entry of the diagonal of H or to one."""
-GROWTH, FIRST_GROWTH, DECAY = 8.0, 100.0, 1.0 / 3.0
-LARGEST_SHIFT = 1e40
-DUAL_SHIFT = 1e-8
-KAPPA = 1e-10
-"""The curvature along a step that counts as positive, from solvers that find no inertia."""
+SHIFTS = InertiaCorrection()
+"""The sequence of shifts, that of the interior-point method."""
+SIGMA = 10.0
 
 
 @dataclass
-class NewtonSystem:
-    """The matrix of one step, its factors, and how it was corrected.
+class NewtonDirection:
+    """A KKT matrix with shifts, and answers for it.
 
     Attributes:
-        matrix: ``[[H + p I, J^T], [J, -r]]``.
-        solver: what answers.
-        prepared: what the solver keeps between right-hand sides.
-        shift, dual_shift: p and r.
-        steps: linear solver steps so far.
+        step: the answer, ``(d, multiplier step)``, shape (n + m,).
+        shift: the primal shift p.
+        dual_shift: r, on top of what was asked for.
+        last: what to hand to the next correction.
+        linear_steps: of the linear solver; factorisations count one.
+        exact: whether the answer is as accurate as it gets.
+        success: whether the curvature is right.
+        finite: whether all numbers are.
     """
 
-    matrix: KKTSystem
-    solver: LinearSolver
+    step: Tensor
     shift: float
     dual_shift: float
-    steps: int = 0
-    balance: Any = None
-    balanced: Any = None
-    prepared: Any = None
+    last: float
+    linear_steps: int
+    exact: bool
+    success: bool
+    finite: bool
+    solve: Any  # (right-hand side, start, relative tolerance) to an answer and its linear steps
 
-    def solve(self, b: Tensor, start: Tensor | None = None, rtol: float | None = None) -> tuple[Tensor, Any]:
-        """The answer to ``matrix z = b``, from ``start``, to the relative residual ``rtol`` where solvers iterate."""
-        solver = self.solver if rtol is None else with_rtol(self.solver, rtol)
-        if self.balance is not None:
-            found = solver.solve_flat(self.balanced, self.prepared, (self.balance * b)[None], None)
-            self.steps += found.steps
-            return self.balance * found.value[0], found
-        found = solver.solve_flat(self.matrix, self.prepared, b[None], None if start is None else start[None])
-        self.steps += found.steps
-        return found.value[0], found
+    def tighten(self, rhs: Tensor, rtol: float) -> None:
+        """Go on from the answer to a smaller residual."""
+        self.step, steps = self.solve(rhs, self.step, rtol)
+        self.linear_steps += steps
 
-    def prepare(self) -> None:
-        if isinstance(self.solver, LDLT):
-            dense = self.matrix.to_dense()
-            self.balance = balance(dense)
-            self.balanced = Dense(self.balance[:, None] * dense * self.balance, positive_definite=False)
-            self.prepared = self.solver.init(self.balanced)
-        else:
-            self.prepared = self.solver.init(self.matrix)
+    def other(self, rhs: Tensor, rtol: float) -> Tensor:
+        """The answer for another right-hand side."""
+        found, steps = self.solve(rhs, None, rtol)
+        self.linear_steps += steps
+        return found
 
 
-def balance(matrix: Tensor) -> Tensor:
-    scale = torch.ones_like(matrix[0])
-    for _ in range(4):
-        size = (scale[:, None] * matrix * scale).abs().amax(dim=1)
-        scale = scale * torch.exp2(torch.round(-0.5 * torch.log2(torch.where(size > 0, size, 1.0))))
-    return scale
+@dataclass(frozen=True)
+class DirectionFinder:
+    """Solves ``[[H + p I, J^T], [J, -R - r I]] z = rhs`` with shifts that make its answer a descent direction.
 
-
-def with_rtol(solver: LinearSolver, rtol: float) -> LinearSolver:
-    """The same solver with another tolerance, where it has one."""
-    has = any(f.name == "rtol" for f in fields(solver))  # type: ignore[arg-type]
-    return replace(solver, rtol=rtol) if has else solver  # type: ignore[type-var]
-
-
-def corrected(
-    hessian: LinearOperator,
-    jacobian: LinearOperator,
-    solver: LinearSolver,
-    b: Tensor,
-    *,
-    last_shift: float,
-    least_shift: float = 0.0,
-    dual_shift: float = 0.0,
-    dual_weights: Tensor,
-    rtol: float | None = None,
-) -> tuple[NewtonSystem, Tensor, Any] | None:
-    """The system whose matrix has inertia (n, m, 0), and its answer for b; None if no shift achieves that.
-
-    The shift of the last iteration is the guide: a third of it is tried first, then eight times as much until the
-    inertia fits (Waechter and Biegler 2006, algorithm IC). Solvers that find no inertia are asked for positive
-    curvature along their step (Chiang and Zavala 2016).
+    Args:
+        solver: LDLT tells the inertia, which has to be (n, m, 0); the others are judged by the curvature along their
+            answer (Chiang and Zavala 2016).
+        generator: of solvers that draw.
     """
-    n, m = hessian.shape[0], jacobian.shape[0]
-    shift, dual, steps = least_shift, dual_shift, 0
-    while shift <= LARGEST_SHIFT:
-        matrix = KKTSystem(hessian, jacobian, primal_shift=shift, dual_shift=dual * dual_weights)
-        system = NewtonSystem(matrix, solver, shift, dual)
-        system.prepare()
-        z, found = system.solve(b, rtol=rtol)
-        system.steps += steps
-        if not bool(torch.isfinite(z).all()):
-            return None
-        if found.inertia is None:
-            d = z[:n]
-            good = bool(d @ (hessian.flat_mv(d) + shift * d) >= KAPPA * (d @ d)) or bool((d == 0).all())
-        else:
-            good = found.inertia == (n, m, 0)
-        if good:
-            return system, z, found
-        steps = system.steps
-        if found.inertia is not None and not dual and (found.inertia[2] > 0 or found.inertia[1] < m):
-            dual = DUAL_SHIFT
-            if found.inertia[0] == n:
-                continue
-        if shift == least_shift:
-            first = FIRST_SHIFT if not last_shift else DECAY * last_shift
-            shift = max(first, 2 * least_shift)
-        else:
-            shift *= FIRST_GROWTH if not last_shift else GROWTH
-    return None
+
+    solver: LinearSolver
+    generator: torch.Generator
+
+    @property
+    def direct(self) -> bool:
+        """Whether the solver factorises."""
+        return isinstance(self.solver, DenseSolver | SparseLU)
+
+    def find(
+        self,
+        hessian: LinearOperator,
+        jacobian: LinearOperator,
+        rhs: Tensor,
+        *,
+        last: float,
+        rtol: float,
+        dual_diagonal: Tensor | float = 0.0,
+    ) -> NewtonDirection:
+        """The direction for ``rhs``; iterative solvers stop at the relative residual ``rtol``."""
+        if not self.direct:
+            return self._iterate(hessian, jacobian, rhs, last, rtol, dual_diagonal)
+        rule = replace(SHIFTS, linear_solver=self.solver)
+        found = rule.correct(hessian, jacobian, rhs, last=last, dual_diagonal=dual_diagonal)
+        return NewtonDirection(
+            step=found.step,
+            shift=found.primal,
+            dual_shift=found.dual,
+            last=found.primal,
+            linear_steps=found.attempts,
+            exact=True,
+            success=found.success,
+            finite=found.finite,
+            solve=_factorised(found),
+        )
+
+    def _iterate(
+        self,
+        hessian: LinearOperator,
+        jacobian: LinearOperator,
+        rhs: Tensor,
+        last: float,
+        rtol: float,
+        dual_diagonal: Tensor | float,
+    ) -> NewtonDirection:
+        shift, steps = 0.0, 0
+        while True:
+            system = KKTSystem(hessian, jacobian, primal_shift=shift, dual_shift=dual_diagonal)
+            solve = _Iterative(self, system)
+            z, taken = solve(rhs, None, rtol)
+            steps += taken
+            finite = bool(torch.isfinite(z).all())
+            success = finite and _curved(system, z)
+            if success or not finite or shift > SHIFTS.largest:
+                return NewtonDirection(z, shift, 0.0, shift, steps, False, success, finite, solve)
+            if shift:
+                shift *= SHIFTS.increase if last else SHIFTS.first_increase
+            else:
+                shift = max(SHIFTS.smallest, SHIFTS.decrease * last) if last else SHIFTS.first
+
+
+def _factorised(found: CorrectedKKT) -> Any:
+    return lambda rhs, start, rtol: (found.solve(rhs), 1)
+
+
+class _Iterative:
+    """A system that is solved by iteration."""
+
+    def __init__(self, finder: DirectionFinder, system: KKTSystem) -> None:
+        self.finder, self.system = finder, system
+        solver = finder.solver
+        draws = isinstance(solver, SketchAndProject)
+        self.prepared: Any = solver.init(system, finder.generator) if draws else solver.init(system)
+
+    def __call__(self, rhs: Tensor, start: Tensor | None, rtol: float) -> tuple[Tensor, int]:
+        solver: Any = self.finder.solver
+        if any(f.name == "rtol" for f in fields(solver)):
+            solver = replace(solver, rtol=rtol if solver.rtol is None else min(rtol, solver.rtol))
+        with torch.no_grad():
+            found = solver.solve_flat(self.system, self.prepared, rhs[None], None if start is None else start[None])
+        return found.value[0], found.steps
+
+
+def _curved(system: KKTSystem, z: Tensor) -> bool:
+    """Whether ``d^T (H + p I) d + y^T R y + sigma |J d|^2 >= kappa |d|^2``.
+
+    On directions with ``J d = 0`` that is the curvature that counts; the other part of d says nothing about it, and
+    sigma, ten times the size of H over that of ``J^T J``, makes up for whatever it contributes.
+    """
+    d, y = system.split(z)
+    top, bottom = system.split(system.flat_mv(z))
+    across = system.jacobian.flat_mv(d)
+    bent = top - system.jacobian.T.flat_mv(y)
+    back = system.jacobian.T.flat_mv(across)
+    sizes = [torch.linalg.vector_norm(v) for v in (bent, d, back, across)]
+    tiny = torch.finfo(z.dtype).tiny
+    sigma = SIGMA * (sizes[0] / sizes[1].clamp(min=tiny)) * (sizes[3] / sizes[2].clamp(min=tiny)) ** 2
+    curvature = d @ bent + (across - bottom) @ y + sigma * sizes[3] ** 2
+    return bool(curvature >= SHIFTS.curvature * (d @ d))

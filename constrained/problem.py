@@ -57,8 +57,8 @@ class Problem:
 
         Raises:
             TypeError: for leaves that are no floating-point tensors, or functions that return the wrong kind.
-            ValueError: for mixed dtypes or devices, a start that is not finite, bounds that do not fit or cross,
-                supplied derivatives of the wrong shape, and values that have lost their graph.
+            ValueError: for mixed dtypes or devices, a start that is not finite, bounds that do not fit or cross, and
+                values that have lost their graph. Supplied derivatives are checked where they are first used.
         """
         _check_point(x0, name)
         for side in ("lower", "upper"):

@@ -1,40 +1,137 @@
-"""AdaSketch-Newton: Newton on the KKT conditions, globalised by the exact augmented Lagrangian."""
+"""AdaSketch-Newton: Newton's method on the KKT conditions, globalised by the exact augmented Lagrangian."""
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from constrained.lagrangian import Lagrangian, Point
+from constrained.accuracy import DELTA_FLOOR, accuracy_trial, relative_tolerance
+from constrained.escape import escape, negative_curvature
+from constrained.feasibility import feasibility_step
+from constrained.lagrangian import DENSE_LIMIT, Lagrangian, Point
+from constrained.line_search import LineSearch, Trial
 from constrained.merit import ExactAugmentedLagrangian, Slope, Terms
 from constrained.method import ConstrainedMethod, ConstrainedState, smallest_curvature
+from constrained.multiplier_estimate import constraint_sizes, least_squares_multipliers
 from constrained.multipliers import FlatMultipliers
-from constrained.newton_direction import NewtonSystem, corrected
+from constrained.newton_direction import DirectionFinder, NewtonDirection
 from constrained.problem import Problem
 from constrained.residual import largest, measure
 from implicit import LDLT, MINRES, LinearSolver, SparseLU, Status
 
+LARGEST_MU, SMALLEST_NU = 1e8, 1e-8
+"""Penalties are no longer adapted beyond these."""
+GRADIENT_SIZE, SMALLEST_WEIGHT = 100.0, 1e-8
+"""Gradients larger than this at the start are scaled down to it (IPOPT's rule), by no more than the second."""
+INCONSISTENT = 0.1
+"""Where the Newton step leaves more than this share of c, the linearised constraints contradict each other."""
+SHORT_STEP, TINY_STEP, PATIENCE = 0.125, 1e-3, 3
+"""Steps that short, so many times in a row, or once a tiny one: it is the constraints that are in the way."""
+BARELY_VIOLATED = 1e-4
+"""Below this violation short steps are not blamed on the constraints."""
+NU_CUT = 10.0
+PROGRESS = 0.1
+"""The share of its violation at which a phase of restoration ends."""
+HALVING = 0.5
+NEAR_SADDLE, ESCAPES = 1e-4, 5
+MEMORY = 5
+UNBOUNDED = 1e20
+TIGHTEST = 1e-12
+
 
 @dataclass(kw_only=True)
 class AdaSketchNewtonState(ConstrainedState):
+    """The iterate, with what adapts.
+
+    Attributes:
+        mu, nu, delta: penalties and accuracy.
+        objective_weight, constraint_weights: w and s of the merit function.
+        shift: primal shift of the last step, zero if none was needed.
+        residual, best: the KKT residual, and its smallest value so far.
+        memory: the terms of M at the last iterates, three numbers each.
+        short: short steps in a row.
+        restoring: whether the violation alone is being reduced; until it is at most ``target``.
+        restoration_shift: as ``shift``, in that phase.
+        escapes: saddle points left behind.
+    """
+
     mu: float
     nu: float
+    delta: float
     objective_weight: float
     constraint_weights: Tensor
     shift: float = 0.0
-    restoring: bool = False
-    restore_shift: float = 0.0
-    target: float = 0.0
-    failures: int = 0
-    escapes: int = 0
+    residual: float = math.inf
+    best: float = math.inf
     memory: list[float] = field(default_factory=list)
-    residual: float = math.nan
+    short: int = 0
+    restoring: bool = False
+    target: float = 0.0
+    restoration_shift: float = 0.0
+    escapes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
+    """Newton's method for equality constraints with an exact augmented Lagrangian and inexact, possibly random, solves.
+
+    With ``G = J(x)``, ``H = Hess_xx L`` and ``b = (grad_x L, c)`` each step solves
+
+    ``[[H + p I, G^T], [G, 0]] (dx, dl) = -b``
+
+    approximately, where p makes H positive definite on the null space of G, and takes ``(x, l) + a (dx, dl)`` with the
+    largest a of 1, 1/2, 1/4, ... that satisfies Armijo's condition on
+
+    ``M(x, l) = f + <l, c> + mu/2 |c|^2 + nu/2 |grad_x L|^2``.
+
+    Until ``<grad M, (dx, dl)> <= -nu/2 |b|^2`` the solve is continued to a smaller residual, mu grows by ``rho^2`` and
+    nu shrinks by ``rho``, whichever of the two stands in the way. Guarantee: EXACT, KKT points.
+
+    Beyond the paper: M is scaled; a full step that halves the smallest KKT residual so far is taken at once; M is
+    compared with its largest value over five iterates; nu is cut where ``|grad L|^2`` alone keeps steps short; where
+    the constraints do, or are inconsistent to first order, their violation alone is reduced for a while; multipliers
+    are estimated afresh by least squares after shifted steps, if that lowers M; saddle points are left along negative
+    curvature. ``docs/algorithms/adasketch-newton.md`` gives the reasons and measurements.
+
+    Ends CONVERGED at KKT points (minima to second order where matrices are formed), INFEASIBLE at stationary points of
+    ``|c|^2`` with c not zero, UNBOUNDED where f falls below -1e20 (or x exceeds 1e20) at points violated by less than
+    1e-4 relative to x, NONFINITE where functions or derivatives are no numbers, and STALLED where no step lowers M.
+
+    Args:
+        linear_solver: None takes :class:`implicit.LDLT` for up to 2,000 variables and constraints together (the
+            inertia is then known exactly), :class:`implicit.SparseLU` where the supplied derivatives are sparse, and
+            :class:`implicit.MINRES` otherwise. :class:`constrained.SketchAndProject` is the paper's.
+        mu, nu, delta: penalties and accuracy at the start; the paper's constants.
+        xi_b: the paper's lower bound on the curvature of H + p I on the null space of G; for ``accuracy="theory"``.
+        beta: Armijo's constant, in (0, 1/2).
+        rho: the factor of adaptation, above 1.
+        accuracy: how far iterative solvers go. "relative": to a residual of ``relative |b|``, or ``|b|^2`` if that is
+            less, tightened by ``rho^2`` whenever the descent test fails. "theory": the paper's bound
+            ``|G| Psi |r| <= theta delta |b|``, which amounts to exact solves; it needs matrices.
+        relative: the relative residual far from the solution.
+        second_order_correction: try to correct full steps that were refused, for the curvature of the constraints.
+        atol: see :class:`constrained.ConstrainedMethod`.
+
+    Raises:
+        ValueError: if a field is out of its range.
+        TypeError: if ``linear_solver`` is none.
+
+    Example:
+        >>> import torch, constrained
+        >>> hs7 = constrained.EqualityProblem(
+        ...     lambda x: torch.log(1 + x[0] ** 2) - x[1], lambda x: (1 + x[0] ** 2) ** 2 + x[1] ** 2 - 4
+        ... )
+        >>> found = constrained.solve(hs7, constrained.AdaSketchNewton(), torch.tensor([2.0, 2.0]))
+        >>> found.success, round(found.objective, 3)
+        (True, -1.732)
+
+    References:
+        Hong, Na, Mahoney, Kolar: Constrained optimization via exact augmented Lagrangian and randomized iterative
+        sketching, ICML 2023, algorithm 1.
+    """
+
     linear_solver: LinearSolver | None = None
     mu: float = 1.0
     nu: float = 0.1
@@ -42,182 +139,300 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
     xi_b: float = 0.1
     beta: float = 0.1
     rho: float = 1.5
-    memory: int = 5
-    scaling: bool = True
-    correction: bool = True
-    reset: bool = True
+    accuracy: Literal["relative", "theory"] = "relative"
+    relative: float = 0.1
+    second_order_correction: bool = True
 
     default_max_steps: ClassVar[int] = 1000
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.linear_solver is not None and not isinstance(self.linear_solver, LinearSolver):
+            raise TypeError(f"linear_solver must be such as implicit.MINRES(), got {self.linear_solver!r}")
+        for name in ("mu", "nu", "delta", "xi_b"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not 0 < self.beta < 0.5:
+            raise ValueError(f"beta must lie in (0, 1/2), got {self.beta!r}")
+        if not self.rho > 1:
+            raise ValueError(f"rho must be above 1, got {self.rho!r}")
+        if not 0 < self.relative < 1:
+            raise ValueError(f"relative must lie in (0, 1), got {self.relative!r}")
+        if self.accuracy not in ("relative", "theory"):
+            raise ValueError(f"accuracy must be 'relative' or 'theory', got {self.accuracy!r}")
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Inequalities and bounds are not for this method, and neither is a problem without equalities."""
+        for name in ("inequality", "lower", "upper"):
+            if getattr(problem, name) is not None:
+                return f"AdaSketchNewton takes equalities alone, but the problem has {name}: use InteriorPoint"
+        if problem.equality is None:
+            return "AdaSketchNewton needs an equality, the problem has none: use InteriorPoint or implicit.minimize"
+        return None
+
     def resolve(self, problem: Lagrangian, *start: Tensor, max_steps: int | None = None) -> Self:
+        """The same method with its tolerance and linear solver chosen."""
         own = super().resolve(problem, *start, max_steps=max_steps)
-        if own.linear_solver is None:
-            own = replace(own, linear_solver=LDLT())
-        return own
+        if own.accuracy == "theory" and not problem.dense:
+            raise ValueError("accuracy='theory' needs the matrices' norms, which are not formed here; use 'relative'")
+        return own if own.linear_solver is not None else replace(own, linear_solver=_default_solver(problem, start[0]))
 
     def init(self, problem: Lagrangian, *start: Any, generator: torch.Generator | None = None) -> AdaSketchNewtonState:
+        """A state at ``start = (x0, multipliers)``, with scaling and multipliers from the derivatives there."""
         x, given = start
         point = problem.at(x)
-        w, s = 1.0, x.new_ones(problem.equalities)
-        flat = problem.flat_multipliers()
+        weight, weights = 1.0, torch.ones_like(point.constraints)
+        multipliers = problem.flat_multipliers() if given is None else given
         if point.finite:
-            if self.scaling:
-                w = min(1.0, 100.0 / max(float(largest(point.gradient)), 1e-300))
-                w = max(w, 1e-8)
-                rows = point.jacobian.to_dense().abs().amax(dim=1)
-                s = torch.clamp(100.0 / rows.clamp(min=1e-300), max=1.0, min=1e-8)
-            flat = given if given is not None else flat._replace(equality=self._estimate(point))
+            weight = _scale(largest(point.gradient)).item()
+            weights = _scale(constraint_sizes(point))
+            if given is None:
+                multipliers = multipliers._replace(equality=least_squares_multipliers(point))
         return AdaSketchNewtonState(
-            x=x.clone(), equality=flat.equality.clone(), inequality=flat.inequality, lower=flat.lower, upper=flat.upper,
-            generator=generator, point=point, mu=self.mu, nu=self.nu, objective_weight=w, constraint_weights=s)
-
-    def _enter(self, state, c):
-        state.restoring = True
-        state.target = 0.1 * float((c*state.constraint_weights).norm())
-        state.restore_shift = 0.0
-
-    def _estimate(self, point: Point, limit: float = 1e3) -> Tensor:
-        n, m = point.lagrangian.n, point.lagrangian.equalities
-        J = point.jacobian.to_dense()
-        lam = torch.linalg.lstsq(J.T, -point.gradient, driver="gelsd").solution
-        return torch.zeros_like(lam) if not bool(torch.isfinite(lam).all()) or lam.abs().max() > limit else lam
+            x=x.clone(),
+            **FlatMultipliers(*(v.clone() for v in multipliers))._asdict(),
+            generator=torch.Generator() if generator is None else generator,
+            point=point,
+            mu=self.mu,
+            nu=self.nu,
+            delta=self.delta,
+            objective_weight=weight,
+            constraint_weights=weights,
+        )
 
     def terminate(self, problem: Lagrangian, state: AdaSketchNewtonState) -> Status:
-        if state.verdict:
-            return Status[state.verdict]
+        """The verdict of the step, or what the KKT residual says."""
         point = state.at(problem)
         if not point.finite:
             return Status.NONFINITE
-        r = float(measure(problem, point, state.multipliers).max())
-        state.residual = r
-        if r <= self.atol:
-            return Status.CONVERGED
-        return Status.RUNNING
+        if state.verdict:
+            return Status[state.verdict]
+        assert self.atol is not None
+        state.residual = float(measure(problem, point, state.multipliers).max())
+        if not state.residual <= self.atol:
+            return Status.RUNNING
+        curvature = smallest_curvature(problem, point, state.multipliers) if state.escapes < ESCAPES else None
+        saddle = curvature is not None and curvature < -(self.atol**0.5)
+        return Status.RUNNING if saddle else Status.CONVERGED
 
-    def step(self, problem: Lagrangian, state: AdaSketchNewtonState):
-        if state.restoring:
-            return self._restore(problem, state)
+    def step(self, problem: Lagrangian, state: AdaSketchNewtonState) -> dict[str, float]:
+        """One Newton step, one step of restoration, or one away from a saddle point."""
         point = state.at(problem)
-        lam = state.equality
+        values = self._feasibility(problem, state) if state.restoring else self._newton(problem, state)
+        feasible = float(largest(point.constraints)) <= BARELY_VIOLATED * max(1.0, float(largest(point.x)))
+        lost = float(point.objective) <= -UNBOUNDED or float(largest(point.x)) >= UNBOUNDED
+        if feasible and lost:
+            state.verdict = Status.UNBOUNDED.name
+        end = state.at(problem)
+        stationarity, feasibility, _ = measure(problem, end, state.multipliers).tolist()
+        return {
+            "residual": max(stationarity, feasibility),
+            "stationarity": stationarity,
+            "feasibility": feasibility,
+            "objective": float(end.objective),
+            "mu": state.mu,
+            "nu": state.nu,
+            "restoring": float(state.restoring),
+            **{"step_length": 0.0, "shift": 0.0, "linear_steps": 0.0, "rejected": 0.0, "escape": 0.0, **values},
+        }
+
+    def _newton(self, problem: Lagrangian, state: AdaSketchNewtonState) -> dict[str, float]:
+        point, multiplier = state.at(problem), state.equality
         merit = ExactAugmentedLagrangian(state.objective_weight, state.constraint_weights)
-        grad, c = point.lagrangian_gradient(lam), point.constraints
-        H, J = point.hessian(lam), point.jacobian
-        n = problem.n
-        w = state.objective_weight
-        dw = state.constraint_weights.new_ones(problem.equalities) #/ state.constraint_weights**2
-        found = corrected(H, J, self.linear_solver, -torch.cat([grad, c]), last_shift=state.shift, dual_weights=dw)
-        if found is None:
-            state.verdict = "STALLED"
-            return {"residual": state.residual}
-        system, z, _ = found
-        d, dl = z[:n], z[n:]
-        left = float((state.constraint_weights * (c + J.flat_mv(d))).norm())
-        if system.dual_shift and left > 0.1 * float((state.constraint_weights * c).norm()) and float(largest(c)) > self.atol:
-            self._enter(state, c)
-            return self._restore(problem, state)
-        slope = merit.slope(point, lam, H, d, dl)
-        terms = merit.terms(point, lam)
+        rhs = -torch.cat([point.lagrangian_gradient(multiplier), point.constraints])
+        hessian = point.hessian(multiplier)
+        terms = merit.terms(point, multiplier)
+        finder = self._finder(state)
+        rtol = self._first_tolerance(state, point, hessian, terms)
+        found = finder.find(hessian, point.jacobian, rhs, last=state.shift, rtol=rtol)
+        if not (found.finite and found.success):
+            state.verdict = (
+                Status.STALLED if bool(torch.isfinite(rhs).all()) and found.finite else Status.NONFINITE
+            ).name
+            return {"shift": found.shift, "linear_steps": found.linear_steps}
+        if found.shift and state.residual <= NEAR_SADDLE and (left := self._escape(problem, state, merit, hessian)):
+            return left
+        if found.dual_shift and self._inconsistent(state, point, found):
+            self._restore(state, point)
+            return {**self._feasibility(problem, state), "linear_steps": found.linear_steps}
+        slope, rejected = self._adapt(problem, state, merit, hessian, found, rhs, terms, rtol)
+        state.shift = found.last
+        trial, bent = self._search(problem, state, merit, found, slope, terms, rhs, rtol)
+        values = {"shift": found.shift, "linear_steps": found.linear_steps, "rejected": rejected}
+        self._react(state, point, trial, bent)
+        if trial is None:
+            return values
+        state.x, state.point = trial.point.x, trial.point
+        state.equality = self._multipliers(state, merit, trial) if found.shift else trial.multiplier
+        return {**values, "step_length": trial.length}
+
+    def _finder(self, state: AdaSketchNewtonState) -> DirectionFinder:
+        assert self.linear_solver is not None
+        return DirectionFinder(self.linear_solver, state.generator)
+
+    def _first_tolerance(self, state: AdaSketchNewtonState, point: Point, hessian: Any, terms: Terms) -> float:
+        """The relative residual of the first solve; theta goes to zero with the residual, for a superlinear rate."""
+        size = math.sqrt(terms.residual)
+        if self.accuracy == "theory":
+            trial = accuracy_trial(point.jacobian, hessian, state.mu, state.nu, self.beta, self.xi_b)
+            state.delta = max(min(state.delta, trial), DELTA_FLOOR)
+            return relative_tolerance(point.jacobian, hessian, min(1.0, size), state.delta, self.xi_b)
+        return max(min(self.relative, size), TIGHTEST)
+
+    def _adapt(
+        self,
+        problem: Lagrangian,
+        state: AdaSketchNewtonState,
+        merit: ExactAugmentedLagrangian,
+        hessian: Any,
+        found: NewtonDirection,
+        rhs: Tensor,
+        terms: Terms,
+        rtol: float,
+    ) -> tuple[float, int]:
+        """Change penalties and accuracy until the step is one of descent, or no further."""
+        point, multiplier, n = state.at(problem), state.equality, problem.n
+        slope = merit.slope(point, multiplier, hessian, found.step[:n], found.step[n:])
         rejected = 0
-        while slope.at(state.mu, state.nu) > -0.5 * state.nu * terms.residual and state.mu < 1e8 and state.nu > 1e-8:
-            state.mu *= self.rho**2
-            state.nu /= self.rho
-            rejected += 1
-        state.shift = system.shift if system.shift > 0 else 0.0
-        mu, nu = state.mu, state.nu
-        state.memory = (state.memory + [terms.lagrangian, terms.infeasibility, terms.stationarity])[-3 * self.memory:]
-        reference = max(Terms(*state.memory[i:i+3]).at(mu, nu) for i in range(0, len(state.memory), 3))
-        reference = max(reference, terms.at(mu, nu))
-        sl = slope.at(mu, nu)
-        a, ok, soc = 1.0, False, 0
-        while a > 1e-10 and sl < 0:
-            trial = problem.at(state.x + a * d)
-            lt = lam + a * dl
-            if self._accept(trial, lt, merit, mu, nu, reference + a * self.beta * sl + 1e-14*abs(reference)):
-                ok = True
+        while not slope.at(state.mu, state.nu) <= -0.5 * state.nu * terms.residual:
+            if state.mu >= LARGEST_MU or state.nu <= SMALLEST_NU:
                 break
-            if a == 1.0 and self.correction and trial.finite and (trial.constraints*state.constraint_weights).norm() >= (c*state.constraint_weights).norm():
-                z2, _ = system.solve(-torch.cat([grad, c + trial.constraints]))
-                trial = problem.at(state.x + z2[:n])
-                lt = lam + z2[n:]
-                if self._accept(trial, lt, merit, mu, nu, reference + self.beta * sl):
-                    ok, soc = True, 1
-                    break
-            a *= 0.5
-        if ok:
-            state.x, state.equality, state.point = trial.x, lt, trial
-            if system.shift > 0 and self.reset:
-                other = self._estimate(trial, math.inf)
-                if merit.terms(trial, other).at(mu, nu) <= merit.terms(trial, lt).at(mu, nu):
-                    state.equality = other
-        else:
-            viol = float(largest(c))
-            if viol > self.atol:
-                self._enter(state, c)
+            rejected += 1
+            self._change_penalties(state, slope, terms)
+            if not found.exact:
+                rtol = max(rtol / self.rho**2, TIGHTEST)
+                found.tighten(rhs, rtol)
+                slope = merit.slope(point, multiplier, hessian, found.step[:n], found.step[n:])
+        return slope.at(state.mu, state.nu), rejected
+
+    def _change_penalties(self, state: AdaSketchNewtonState, slope: Slope, terms: Terms) -> None:
+        assert self.atol is not None
+        first = slope.lagrangian + state.mu * slope.infeasibility
+        too_steep = slope.stationarity + 0.5 * terms.residual > 0
+        if first >= 0:
+            state.mu *= self.rho**2
+        if too_steep and (first < 0 or terms.infeasibility <= self.atol**2):
+            state.nu /= self.rho
+        if self.accuracy == "theory":
+            state.delta = max(state.delta / self.rho**4, DELTA_FLOOR)
+
+    def _search(
+        self,
+        problem: Lagrangian,
+        state: AdaSketchNewtonState,
+        merit: ExactAugmentedLagrangian,
+        found: NewtonDirection,
+        slope: float,
+        terms: Terms,
+        rhs: Tensor,
+        rtol: float,
+    ) -> tuple[Trial | None, bool]:
+        n, point = problem.n, state.at(problem)
+        state.memory = [*state.memory, terms.lagrangian, terms.infeasibility, terms.stationarity][-3 * MEMORY :]
+        past = [Terms(*state.memory[i : i + 3]) for i in range(0, len(state.memory), 3)]
+        reference = max(old.at(state.mu, state.nu) for old in past)
+        search = LineSearch(merit, state.mu, state.nu, reference, self.beta)
+        state.best = min(state.best, state.residual)
+        right = not found.shift and not found.dual_shift
+
+        def good(trial: Point, multiplier: Tensor) -> bool:
+            all_multipliers = state.multipliers._replace(equality=multiplier)
+            return right and bool(measure(problem, trial, all_multipliers).max() <= HALVING * state.best)
+
+        def correct(trial: Point) -> tuple[Tensor, Tensor] | None:
+            before, after = (torch.linalg.vector_norm(state.constraint_weights * p.constraints) for p in (point, trial))
+            if not self.second_order_correction or not bool(after >= before):
+                return None
+            z = found.other(torch.cat([rhs[:n], rhs[n:] - trial.constraints]), rtol)
+            return z[:n], z[n:]
+
+        start, step = (state.x, state.equality), (found.step[:n], found.step[n:])
+        trial = search.run(problem, start, step, slope, good=good, correct=correct)
+        return trial, search.bent
+
+    def _react(self, state: AdaSketchNewtonState, point: Point, trial: Trial | None, bent: bool) -> None:
+        """What follows from a step that was short, or found no point at all."""
+        assert self.atol is not None
+        violation = float(largest(point.constraints))
+        if trial is None:
+            if violation > self.atol:
+                self._restore(state, point)
             else:
-                state.verdict = "STALLED"
-        return {"residual": float(measure(problem, state.at(problem), state.multipliers).max()), "stationarity": float(largest(grad)), "feasibility": float(largest(c)), "objective": float(point.objective),
-            "step": a if ok else 0.0, "mu": mu, "nu": nu, "shift": system.shift, "rejected": rejected, "soc": soc, "lam": float(largest(state.equality)), "restore": 0.0}
+                state.verdict = Status.STALLED.name
+            return
+        state.short = state.short + 1 if trial.length <= SHORT_STEP else 0
+        if trial.length <= SHORT_STEP and bent and state.nu > SMALLEST_NU:
+            state.nu, state.short = state.nu / NU_CUT, 0
+        elif violation > BARELY_VIOLATED and (trial.length < TINY_STEP or state.short >= PATIENCE):
+            self._restore(state, point)
 
-    def _accept(self, trial, lt, merit, mu, nu, bound):
-        if not trial.finite or merit.floor(trial, lt, mu) > bound:
-            return False
-        v = merit.terms(trial, lt).at(mu, nu)
-        return v <= bound
+    def _multipliers(self, state: AdaSketchNewtonState, merit: ExactAugmentedLagrangian, trial: Trial) -> Tensor:
+        """Those of least squares where they lower M: a shifted system spoils its multipliers by the shift."""
+        other = least_squares_multipliers(trial.point, math.inf)
+        values = [merit.terms(trial.point, m).at(state.mu, state.nu) for m in (other, trial.multiplier)]
+        return other if values[0] <= values[1] else trial.multiplier
 
-    def _restore(self, problem, state):
+    def _inconsistent(self, state: AdaSketchNewtonState, point: Point, found: NewtonDirection) -> bool:
+        assert self.atol is not None
+        c, s = point.constraints, state.constraint_weights
+        left = c + point.jacobian.flat_mv(found.step[: len(point.x)])
+        sizes = [float(torch.linalg.vector_norm(s * v)) for v in (left, c)]
+        return float(largest(c)) > self.atol and not sizes[0] <= INCONSISTENT * sizes[1]
+
+    def _escape(
+        self, problem: Lagrangian, state: AdaSketchNewtonState, merit: ExactAugmentedLagrangian, hessian: Any
+    ) -> dict[str, float] | None:
+        assert self.atol is not None
         point = state.at(problem)
-        s2 = state.constraint_weights**2
-        c, J = point.constraints, point.jacobian
-        n = problem.n
-        H = point.hessian(s2 * c, 0.0)
-        g = J.T.flat_mv(s2 * c)
-        dw = 1 / s2
-        cn = float((s2 * c * c).sum())
-        values = {"objective": float(point.objective), "feasibility": float(largest(c)), "restore": 1.0}
-        jn = float((state.constraint_weights[:,None]*J.to_dense()).norm())
-        gs = float(g.norm()) / max(1e-300, cn**0.5) / max(1.0, jn)
-        found = corrected(H, J, self.linear_solver, -torch.cat([torch.zeros(n), c]), last_shift=state.restore_shift, dual_shift=1.0, dual_weights=dw)
-        values["gs"] = gs
-        viol = float(largest(c))
-        if found is None:
-            state.verdict = "INFEASIBLE" if gs < 1e-6 else "STALLED"
+        if not problem.dense or problem.n > DENSE_LIMIT or state.escapes >= ESCAPES:
+            return None
+        matrices = hessian.to_dense(), point.jacobian.to_dense()
+        curvature = negative_curvature(*matrices, point.gradient, self.atol**0.5)
+        moved = None if curvature is None else escape(problem, point, state.equality, curvature, merit, state.mu)
+        if moved is None or curvature is None:
+            return None
+        state.point, length = moved
+        state.x, state.equality = state.point.x, least_squares_multipliers(state.point, math.inf)
+        state.memory, state.best = [], math.inf
+        state.escapes += 1
+        return {"step_length": length, "escape": curvature.value}
+
+    def _restore(self, state: AdaSketchNewtonState, point: Point) -> None:
+        state.restoring, state.short, state.restoration_shift = True, 0, 0.0
+        state.target = PROGRESS * float(torch.linalg.vector_norm(state.constraint_weights * point.constraints))
+
+    def _feasibility(self, problem: Lagrangian, state: AdaSketchNewtonState) -> dict[str, float]:
+        assert self.atol is not None
+        point, weights = state.at(problem), state.constraint_weights
+        found = feasibility_step(
+            problem, point, weights, self._finder(state), last=state.restoration_shift, rtol=self.relative
+        )
+        state.restoration_shift = found.shift
+        values = {"step_length": found.length, "shift": found.shift, "linear_steps": found.linear_steps}
+        if found.point is None:
+            infeasible = found.stationary and float(largest(point.constraints)) > self.atol
+            finite = math.isfinite(found.stationarity)
+            status = Status.INFEASIBLE if infeasible else Status.STALLED if finite else Status.NONFINITE
+            state.verdict = status.name
             return values
-        system, z, _ = found
-        d = z[:n]
-        if gs < 1e-8 and viol > self.atol:
-            if system.shift > 0:
-                full = H.to_dense() + J.to_dense().T @ (s2[:,None] * J.to_dense())
-                ev, V = torch.linalg.eigh(full)
-                if ev[0] < -1e-6 * ev.abs().max():
-                    d = V[:,0]
-                    d = d * (-1.0 if g @ d > 0 else 1.0) * max(1.0, float(state.x.norm()))
-                    system = None
-            if system is not None:
-                state.verdict = "INFEASIBLE"
-                return values
-        if system is not None:
-            state.restore_shift = system.shift
-            values["shift"] = system.shift
-        a, ok = 1.0, False
-        sl = float(g @ d)
-        while a > 1e-10:
-            trial = problem.at(state.x + a * d)
-            if trial.finite:
-                t = float((s2 * trial.constraints**2).sum())
-                if t <= cn + 2 * 1e-4 * a * sl and t < cn:
-                    ok = True
-                    break
-            a *= 0.5
-        values["step"] = a
-        if not ok:
-            state.verdict = "INFEASIBLE" if gs < 1e-4 and viol > self.atol else "STALLED"
-            return values
-        state.x, state.point = trial.x, trial
-        if t**0.5 <= state.target:
-            state.restoring = False
-            state.equality = self._estimate(trial)
-            state.memory = []
-            state.mu, state.nu = self.mu, self.nu
-            state.shift = 0.0
-        values["residual"] = float(measure(problem, state.at(problem), state.multipliers).max())
+        state.x, state.point = found.point.x, found.point
+        if float(torch.linalg.vector_norm(weights * found.point.constraints)) <= state.target:
+            state.restoring, state.memory, state.shift, state.mu = False, [], 0.0, self.mu
+            state.equality = least_squares_multipliers(found.point)
         return values
+
+
+def _scale(size: Tensor) -> Tensor:
+    return (GRADIENT_SIZE / size.clamp(min=GRADIENT_SIZE)).clamp(min=SMALLEST_WEIGHT)
+
+
+def _default_solver(problem: Lagrangian, x: Tensor) -> LinearSolver:
+    if problem.n + problem.constraints <= DENSE_LIMIT:
+        return LDLT()
+    declared = problem.problem
+    if declared.equality_jacobian is not None and declared.has_hessian:
+        point = problem.at(x)
+        parts = point.jacobian, point.hessian(torch.zeros_like(point.constraints))
+        if all(part.to_sparse() is not None for part in parts):
+            return SparseLU()
+    return MINRES()

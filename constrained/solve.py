@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import constrained
 from constrained.lagrangian import Lagrangian
 from constrained.method import ConstrainedMethod
 from constrained.multipliers import FlatMultipliers
 from constrained.problem import Problem
+from constrained.registry import default_method, methods
 from constrained.residual import KKTResidual
 from constrained.solution import Solution
 from implicit import Run, SolveError, Status, runs, tree
@@ -42,8 +42,9 @@ def solve(
         method: how; None means :class:`AdaSketchNewton` for equality constraints alone and :class:`InteriorPoint`
             otherwise.
         x0: where to start; fixes structure, shapes, dtype and device. Not modified.
-        multipliers: a start for the multipliers, such as ``solution.multipliers`` of a problem close by; estimated
-            from x0 by least squares if None.
+        multipliers: a start for the multipliers, such as ``solution.multipliers`` of a problem close by; parts that
+            are None or ``()`` are zero. If None, the method's own choice: least squares at x0, or zero for
+            :class:`AugmentedLagrangian`.
         max_steps: steps of the whole run, counting those before a resumption; None means the method's own default.
         time_limit: seconds of this call.
         atol: overrides the method's tolerance on the KKT residual.
@@ -127,8 +128,7 @@ def _begin(
 
 def _require_method(method: Any, problem: Problem) -> ConstrainedMethod[Any]:
     if method is None:
-        free = problem.inequality is None and problem.lower is None and problem.upper is None
-        return constrained.AdaSketchNewton() if free and problem.equality else constrained.InteriorPoint()
+        return default_method(problem)
     if isinstance(method, ConstrainedMethod):
         return method
     if isinstance(method, type) and issubclass(method, ConstrainedMethod):
@@ -158,10 +158,9 @@ def _restore(
         raise ValueError(f"the checkpoint is a run of {checkpoint['name']}, not of {given.name}")
     settings, chosen = runs.restore_settings(checkpoint, given)
     if chosen is None:
-        found = getattr(constrained, checkpoint["name"], None)
-        if not (isinstance(found, type) and issubclass(found, ConstrainedMethod)):
+        if checkpoint["name"] not in methods():
             raise ValueError(f"the checkpoint is a run of {checkpoint['name']}, which is no method of constrained")
-        chosen = found(**settings)
+        chosen = methods()[checkpoint["name"]](**settings)
     chosen = _with_atol(chosen, atol)
     (x,) = runs.restore_start(checkpoint)
     problem.validate(x, "the checkpoint's x")

@@ -1,0 +1,95 @@
+"""Backtracking on the exact augmented Lagrangian."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from constrained.lagrangian import Lagrangian, Point
+from constrained.merit import ExactAugmentedLagrangian
+
+SHORTEST = 1e-10
+ROUNDING = 1e-14
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point that was accepted.
+
+    Attributes:
+        point, multiplier: where.
+        length: of the step, relative to the Newton step.
+        kind: "armijo", "residual" or "correction".
+    """
+
+    point: Point
+    multiplier: Tensor
+    length: float
+    kind: str
+
+
+@dataclass
+class LineSearch:
+    """Finds a point with ``M <= reference + length * beta * slope``.
+
+    Args:
+        merit: M, with its penalties.
+        mu, nu: penalties.
+        reference: what M is compared with: its largest value over the last iterates.
+        beta: the share of the slope that is asked for.
+
+    Attributes:
+        bent: whether the gradient of the Lagrangian was what made the last refused point too high.
+    """
+
+    merit: ExactAugmentedLagrangian
+    mu: float
+    nu: float
+    reference: float
+    beta: float
+    bent: bool = False
+
+    def run(
+        self,
+        problem: Lagrangian,
+        start: tuple[Tensor, Tensor],
+        step: tuple[Tensor, Tensor],
+        slope: float,
+        *,
+        good: Callable[[Point, Tensor], bool],
+        correct: Callable[[Point], tuple[Tensor, Tensor] | None],
+    ) -> Trial | None:
+        """The first point along ``step`` that is low enough, halving its length.
+
+        Args:
+            problem: evaluates.
+            start: x and multiplier.
+            step: for both.
+            slope: of M along it, negative.
+            good: accepts a full step for another reason.
+            correct: another full step in place of one that was refused, from the point it led to.
+        """
+        length = 1.0
+        while length > SHORTEST and slope < 0:
+            point = problem.at(start[0] + length * step[0])
+            multiplier = start[1] + length * step[1]
+            if length == 1.0 and point.finite and good(point, multiplier):
+                return Trial(point, multiplier, length, "residual")
+            if self.accepts(point, multiplier, length * slope):
+                return Trial(point, multiplier, length, "armijo")
+            if length == 1.0 and point.finite and (other := correct(point)) is not None:
+                corrected = problem.at(start[0] + other[0])
+                if self.accepts(corrected, start[1] + other[1], slope):
+                    return Trial(corrected, start[1] + other[1], length, "correction")
+            length *= 0.5
+        return None
+
+    def accepts(self, point: Point, multiplier: Tensor, decrease: float) -> bool:
+        """Whether M is low enough there; derivatives are evaluated only where the other terms leave it open."""
+        bound = self.reference + self.beta * decrease + ROUNDING * abs(self.reference)
+        if not point.finite or not self.merit.floor(point, multiplier, self.mu) <= bound:
+            self.bent = False
+            return False
+        accepted = self.merit.terms(point, multiplier).at(self.mu, self.nu) <= bound
+        self.bent = self.bent if accepted else True
+        return accepted

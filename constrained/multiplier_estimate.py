@@ -1,0 +1,45 @@
+"""Multipliers that make the gradient of the Lagrangian smallest."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from constrained.lagrangian import Point
+from implicit import LSMR, ConvergenceWarning, Dense
+
+LARGEST = 1e3
+"""An estimate with larger entries says that the constraints' gradients nearly depend on each other; zero is better."""
+RTOL = 1e-8
+
+
+def least_squares_multipliers(point: Point, limit: float = LARGEST) -> Tensor:
+    """``argmin_l |grad f + J^T l|`` of minimum norm, shape (m,); zero where an entry is larger than ``limit``."""
+    jacobian, rhs = point.jacobian, -point.gradient
+    if isinstance(jacobian, Dense):
+        matrix = jacobian.to_dense().T
+        finite = bool(torch.isfinite(matrix).all() & torch.isfinite(rhs).all())
+        found = (
+            torch.linalg.lstsq(matrix.cpu(), rhs.cpu(), driver="gelsd").solution
+            if finite
+            else rhs.new_full((1,), torch.inf)
+        )
+        found = found.to(rhs.device)
+    else:
+        with warnings.catch_warnings():
+            # Dependent constraints are what minimum norm is for.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = LSMR(rtol=RTOL).solve(jacobian.T, rhs).value
+    usable = bool(torch.isfinite(found).all()) and bool(found.abs().max() <= limit)
+    return found if usable else rhs.new_zeros(jacobian.shape[0])
+
+
+def constraint_sizes(point: Point) -> Tensor:
+    """The largest entry of each row of J, shape (m,); ones where J is not written down."""
+    jacobian = point.jacobian
+    if isinstance(jacobian, Dense):
+        return jacobian.to_dense().abs().amax(dim=1)
+    sparse = jacobian.to_sparse()
+    if sparse is None:
+        return point.x.new_ones(jacobian.shape[0])
+    return torch.as_tensor(abs(sparse).max(axis=1).toarray().reshape(-1), dtype=point.x.dtype, device=point.x.device)
