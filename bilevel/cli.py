@@ -14,22 +14,23 @@ from typing import Any, NoReturn
 
 import torch
 
-import bilevel
-from bilevel import picture, report, settings
+from bilevel import picture, report
+from bilevel.catalogue import catalogue, overview
 from bilevel.request import Request, prepare, read_request
-from bilevel.solution import Solution
-from bilevel.targets import Job, Target, describe_error, load_target, locate
+from bilevel.targets import Target, describe_error, load_case, load_target, locate
 from bilevel.threads import chosen_threads
 from implicit import Progress, SaveCheckpoint, SolveError, StepInfo
 
 MISUSE, FAILURE, INTERRUPTED = 2, 1, 130
 
 _ABOUT = """\
-Bilevel optimization on PyTorch: minimize f(x, y*(x)) over x, where y*(x) minimizes g(x, .).
+Bilevel optimization on PyTorch: minimize f(x, y*(x)) over x, where y*(x) minimizes g(x, .); and constrained
+optimization: minimize f(x) subject to h(x) = 0, c(x) <= 0 and lower <= x <= upper.
 
   bilevel list                                        what there is to run, and what fits what
   bilevel run hyper_cleaning                          find wrong labels in real data (digits)
   bilevel run quadratic --algorithm penalty --set n=20 --max-steps 500
+  bilevel run hs71 --algorithm InteriorPoint          a constrained problem
   bilevel solve my_problem.py:problem                 a problem declared in a file of yours
   bilevel plot runs/*                                 several runs in one picture
 """
@@ -44,6 +45,7 @@ settings: --set key=value sets a parameter of the problem or a field of the algo
   --set lower_solver=LBFGS --set lower_solver.memory=50
   --set upper_optimizer=Adam --set upper_options.lr=0.01
   --set step_size.window=50 --set penalty=none
+  --set linear_solver=SketchAndProject --set linear_solver.sketch=Kaczmarz
   case.key=... and algorithm.key=... where both have the same key
 """
 
@@ -119,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("target", metavar="CASE", help="a name from bilevel list")
     run.add_argument("--data-dir", metavar="DIR", help="where data files are; the variable BILEVEL_DATA does the same")
     solve = command("solve", _solve, "solve a problem declared in a file: bilevel solve my_problem.py:problem")
-    solve.add_argument("target", metavar="FILE.py:NAME", help="a BilevelProblem, or a function that returns one")
+    solve.add_argument("target", metavar="FILE.py:NAME", help="a problem, or a function that returns one")
     for sub in (run, solve):
         _add_options(sub)
     plot = command("plot", _plot, "draw the convergence of result directories into one picture")
@@ -138,15 +140,15 @@ def _positive(text: str) -> int:
 
 
 def _add_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--algorithm", metavar="NAME", help="default: ImplicitGradient where it fits, else Penalty")
+    sub.add_argument("--algorithm", metavar="NAME", help="default: the first of bilevel list that fits")
     sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting; may be repeated")
     sub.add_argument("--max-steps", metavar="N", type=int, help="steps of the whole run, resumptions included")
     sub.add_argument("--time-limit", metavar="SECONDS", type=float, help="of this command, without the final report")
-    sub.add_argument("--rtol", metavar="R", type=float, help="relative tolerance on the stationarity")
-    sub.add_argument("--atol", metavar="A", type=float, help="absolute tolerance on it")
+    sub.add_argument("--rtol", metavar="R", type=float, help="bilevel: relative tolerance on the stationarity")
+    sub.add_argument("--atol", metavar="A", type=float, help="absolute tolerance: on it, or on the KKT residual")
     sub.add_argument("--seed", metavar="S", type=int, help="of the run, and of the problem where it has one; default 0")
     sub.add_argument(
-        "--threads", metavar="N", type=_positive, help="default: 1 for small lower levels, else what torch takes"
+        "--threads", metavar="N", type=_positive, help="default: 1 for small problems, else what torch takes"
     )
     sub.add_argument("--device", metavar="DEVICE", help="cpu or cuda, for problems with that setting")
     sub.add_argument("--dtype", choices=("float32", "float64"), help="for problems with that setting")
@@ -167,68 +169,13 @@ def _problems() -> ModuleType:
     return problems
 
 
-def _case_target(name: str) -> Target:
-    problems = _problems()
-    with _misuse():
-        entry = problems.entry(name)
-        if entry.kind != "bilevel":
-            raise ValueError(
-                f"case {entry.name} is a constrained problem, not a bilevel one; in Python: case = "
-                f"problems.case({entry.name!r}); constrained.solve(case.problem, x0=case.start)"
-            )
-
-    def build(**given: Any) -> Job:
-        case = problems.case(entry.name, **given)
-
-        def exact(solution: Solution) -> dict[str, float]:
-            found = {"distance_to_exact_x": case.distance(solution), "relative_error_of_x": case.error(solution)}
-            return found if case.upper_star is None else {**found, "optimal_upper_value": case.upper_star}
-
-        return Job(
-            problem=case.problem,
-            start=case.start,
-            settings=case.settings,
-            max_steps=case.max_steps,
-            report=case.report,
-            exact=exact if case.x_star is not None else None,
-            source=case.source,
-        )
-
-    return Target(
-        name=entry.name,
-        identity=f"case {entry.name}",
-        label=f"case {entry.name}",
-        slots=settings.function_slots(entry.factory),
-        build=build,
-    )
-
-
 def _list(args: argparse.Namespace, argv: list[str]) -> int:
-    problems = _problems()
-    cases = []
-    for entry in problems.entries().values():
-        fits, note = None, "needs --data-dir"
-        if "external-data" not in entry.tags:
-            with contextlib.suppress(FileNotFoundError):
-                problem = problems.case(entry.name).problem
-                fits = [name for name, cls in bilevel.algorithms().items() if cls().refuses(problem) is None]
-                note = None
-        defaults = {name: slot.default for name, slot in settings.function_slots(entry.factory).items()}
-        cases.append(
-            {
-                "name": entry.name,
-                "summary": entry.summary,
-                "tags": sorted(entry.tags),
-                "settings": settings.plain(defaults),
-                "fits": fits,
-                "note": note,
-            }
-        )
-    methods = report.describe_algorithms()
+    found = catalogue(_problems())
     if args.json:
-        print(json.dumps({"cases": cases, "algorithms": methods}, indent=2, allow_nan=False))
+        bilevel_part = found["bilevel"]
+        print(json.dumps({**bilevel_part, "constrained": found["constrained"]}, indent=2, allow_nan=False))
     else:
-        print(report.overview(cases, methods))
+        print(overview(found))
     return 0
 
 
@@ -237,7 +184,10 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         args.data_dir = str(Path(args.data_dir).resolve())
         if not Path(args.data_dir).is_dir():
             raise Misuse(f"--data-dir {args.data_dir}: there is no such folder")
-    return _execute(args, argv, _case_target(args.target))
+    problems = _problems()
+    with _misuse():
+        target = load_case(problems, args.target)
+    return _execute(args, argv, target)
 
 
 def _solve(args: argparse.Namespace, argv: list[str]) -> int:
@@ -253,25 +203,24 @@ def _execute(args: argparse.Namespace, argv: list[str], target: Target) -> int:
     with _misuse(target.file):
         stored, checkpoint = read_request(args, target) if args.resume else (None, None)
         request = prepare(args, target, stored)
-    with chosen_threads(request.job.start[1], args.threads):
+    with chosen_threads(request.job.start[-1], args.threads):
         return _solve_request(request, args, argv, target, checkpoint)
 
 
 def _solve_request(
     request: Request, args: argparse.Namespace, argv: list[str], target: Target, checkpoint: dict[str, Any] | None
 ) -> int:
-    opening = _Opening(request, args)
+    opening, kind = _Opening(request, args), request.job.kind
     solution, error = None, None
     try:
         with _misuse(target.file, still=lambda: not opening.done):
-            solution = bilevel.solve(
+            solution = kind.solve(
                 request.job.problem,
                 request.algorithm,
                 *(request.job.start if checkpoint is None else ()),
                 max_steps=request.max_steps,
                 time_limit=request.time_limit,
-                rtol=request.rtol,
-                atol=request.atol,
+                **{name: getattr(request, name) for name in kind.tolerances},
                 generator=torch.Generator().manual_seed(request.seed) if checkpoint is None else None,
                 callbacks=[opening, *_callbacks(request, args)],
                 checkpoint=checkpoint,
@@ -302,7 +251,8 @@ class _Opening:
         if moved is not None:
             print(f"bilevel: note: {request.out} held an earlier run, which is now {moved}", file=sys.stderr)
         if not self.args.quiet:
-            print(report.header(request.job.problem, info.state.x, info.state.y, request.algorithm.name))
+            parts, like = request.job.kind.opening(request.job, info.state)
+            print(report.header(request.job.problem.name, parts, request.algorithm.name, like))
             if self.args.resume:
                 print(f"resuming at step {info.step:,}")
         sys.stdout.flush()
@@ -317,16 +267,17 @@ def _callbacks(request: Request, args: argparse.Namespace) -> list[Any]:
     chosen: list[Any] = []
     if request.checkpoint_every is not None:
         chosen.append(SaveCheckpoint(path, every=request.checkpoint_every))
-    elif request.job.problem.resumable:
+    elif request.job.kind.resumable(request.job.problem):
         chosen.append(report.TimedCheckpoint(path))
     return chosen if args.quiet else [*chosen, Progress()]
 
 
 def _finish(
-    request: Request, args: argparse.Namespace, argv: Sequence[str], solution: Solution, error: SolveError | None
+    request: Request, args: argparse.Namespace, argv: Sequence[str], solution: Any, error: SolveError | None
 ) -> int:
     """Write everything and say how it ended."""
-    out, job = request.out, request.job
+    out, job, kind = request.out, request.job, request.job.kind
+    outcome = kind.outcome(job, solution)
     failed = error is not None or solution.status.is_failure
     facts = {**request.facts(), "command": shlex.join(["bilevel", *argv])}
     if error is not None:
@@ -334,13 +285,13 @@ def _finish(
     if job.exact is not None:
         facts["exact"] = job.exact(solution)
     files = [
-        report.write_solution(out / report.SOLUTION, solution, request.target.name),
+        report.write_solution(out / report.SOLUTION, solution, outcome, request.target.name),
         report.write_history(out / report.HISTORY, solution.history),
     ]
     added = None
     try:
-        label = f"{request.target.name}, {solution.algorithm.name}"
-        curve = picture.Curve(label, solution.history, facts.get("exact", {}).get("optimal_upper_value"))
+        label = f"{request.target.name}, {outcome.method.name}"
+        curve = picture.Curve(label, kind, solution.history, facts.get("exact", {}).get(kind.chart.optimum))
         title = f"{label}: {solution.status.name} after {solution.steps:,} steps"
         files.append(picture.draw(out / report.PICTURE, [curve], title))
         if job.report is not None and not failed:
@@ -348,12 +299,13 @@ def _finish(
             facts["report"] = added.metrics
             files += added.files
     finally:  # a picture or a report that fails must not lose the run
-        files.insert(0, report.write_json(out / report.RESULT, report.result(solution, facts)))
+        files.insert(0, report.write_json(out / report.RESULT, report.result(solution, outcome, facts)))
     files += [path for path in (out / report.CHECKPOINT,) if path.exists()]
     if args.quiet:
-        print(f"{solution.status.name} after {solution.steps:,} steps, upper value {solution.upper_value:.6g}: {out}")
+        name, value, _ = outcome.headline
+        print(f"{solution.status.name} after {solution.steps:,} steps, {name} {value:.6g}: {out}")
     else:
-        print(f"\n{report.summary(solution, facts)}\n")
+        print(f"\n{report.summary(solution, outcome, kind, facts)}\n")
         if added is not None:
             print(f"{added.text}\n")
         print(f"Written to {out}: {', '.join(str(os.path.relpath(f, out)) for f in files)}")

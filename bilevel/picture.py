@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bilevel.kinds import KINDS, Kind
 from bilevel.report import HISTORY, RESULT, write
-
-_RESIDUALS = {"stationarity": "stationarity", "hypergradient": "norm of the minibatch hypergradient"}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run of a picture: its label, its history, and the optimal upper value where it is known."""
+    """One run of a picture: its label, its kind, its history, and the optimal value where it is known."""
 
     label: str
+    kind: Kind
     history: Sequence[Mapping[str, Any]]
     optimum: float | None = None
 
@@ -43,20 +43,33 @@ def read_curve(folder: Path) -> Curve:
         history = [json.loads(line) for line in path.read_text().splitlines()]
         about = json.loads((folder / RESULT).read_text()) if (folder / RESULT).exists() else {}
         exact = about.get("exact") or {}
+        kind = KINDS[about["kind"]] if "kind" in about else _guess(history)
         name = f"{about['problem']}, {about['algorithm']['name']}" if about else folder.name
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: {HISTORY} or {RESULT} is damaged ({error})") from None
-    optimum = exact.get("optimal_upper_value")
-    return Curve(name, history, float(optimum) if optimum is not None else None)
+    optimum = exact.get(kind.chart.optimum)
+    return Curve(name, kind, history, float(optimum) if optimum is not None else None)
+
+
+def _guess(history: Sequence[Mapping[str, Any]]) -> Kind:
+    """The kind by the columns, for folders whose result is gone or old; a run without steps counts as bilevel."""
+    columns = history[0] if history else {}
+    return next((kind for kind in KINDS.values() if kind.chart.value in columns), KINDS["bilevel"])
 
 
 def read_curves(folders: Sequence[Path]) -> list[Curve]:
     """The curves of several result directories; runs with one name are told apart by their folder.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_curve`.
+        FileNotFoundError, ValueError: as :func:`read_curve`; and if runs of different kinds are among them.
     """
     curves = [read_curve(folder) for folder in folders]
+    where = {curve.kind.name: folder for curve, folder in zip(curves, folders, strict=True)}
+    if len(where) > 1:
+        listing = " and ".join(f"{folder} ({name})" for name, folder in where.items())
+        raise ValueError(
+            f"{listing} are runs of different kinds, whose values and residuals cannot be compared; plot them apart"
+        )
     labels = [curve.label for curve in curves]
     return [
         replace(curve, label=f"{curve.label} ({folder})") if labels.count(curve.label) > 1 else curve
@@ -65,7 +78,7 @@ def read_curves(folders: Sequence[Path]) -> list[Curve]:
 
 
 def draw(path: Path, curves: Sequence[Curve], title: str) -> Path:
-    """Upper value and stationarity against steps and seconds, one colour per run."""
+    """Value and residual against steps and seconds, one colour per run; all runs are of one kind."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -75,11 +88,12 @@ def draw(path: Path, curves: Sequence[Curve], title: str) -> Path:
         figure = Figure(figsize=(10, 6.4), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(2, 2, sharey="row", sharex="col")
-        residuals = [curve.column(*_RESIDUALS) for curve in curves]
+        chart = curves[0].kind.chart
+        residuals = [curve.column(*chart.residuals) for curve in curves]
         norms = [[v if v > 0 else math.nan for v in values] for _, values in residuals]
         rows = [
-            ("upper value", [curve.column("upper_value")[1] for curve in curves]),
-            (" /\n".join(dict.fromkeys(_RESIDUALS[name] for name, _ in residuals)), norms),
+            (chart.label, [curve.column(chart.value)[1] for curve in curves]),
+            (" /\n".join(dict.fromkeys(chart.residuals[name] for name, _ in residuals)), norms),
         ]
         for row, (name, values) in enumerate(rows):
             for axis, abscissa in zip(axes[row], ("step", "seconds"), strict=True):

@@ -5,7 +5,6 @@ infinities are the texts "nan", "inf" and "-inf".
 """
 
 import importlib.metadata
-import inspect
 import json
 import os
 import platform
@@ -19,10 +18,8 @@ import numpy
 import torch
 from safetensors.torch import save
 
-from bilevel.problem import BilevelProblem
-from bilevel.registry import algorithms
-from bilevel.settings import class_slots, listing, plain, show
-from bilevel.solution import Accuracy, Solution
+from bilevel.kinds import EXACT, Kind, Outcome, Row
+from bilevel.settings import plain
 from implicit import SaveCheckpoint, Status, StepInfo, tree
 from implicit.tree import Tree
 
@@ -31,22 +28,6 @@ CHECKPOINT, REQUEST = "run.pt", "run.json"
 FILES = (RESULT, HISTORY, PICTURE, SOLUTION, CHECKPOINT, CHECKPOINT + ".previous", REQUEST)
 
 SAVE_SECONDS = 10.0
-
-_EXPLAINED = {
-    "stationarity": "norm of the hypergradient at x; projected where x is in a set",
-    "hypergradient_error": "how far that hypergradient is from the true one",
-    "bias": "how far the penalty alone moves the hypergradient",
-    "lower_residual": "norm of the lower gradient at (x, y); projected where y is in a set",
-    "lower_error": "distance of y to the lower solution",
-    "linear_residual": "relative residual of the adjoint system",
-    "distance": "estimated distance of x to the nearest solution, doubled for safety",
-    "feasibility": "violation of the constraints",
-}
-_COUNTED = {
-    "upper": "upper evaluations (each with a gradient)",
-    "lower": "lower evaluations (each with a gradient)",
-    "products": "second-order products",
-}
 
 
 def version() -> str:
@@ -86,23 +67,19 @@ def write_json(path: Path, data: Any) -> Path:
     return write(path, (json.dumps(plain(data), indent=2, allow_nan=False) + "\n").encode())
 
 
-def result(solution: Solution, facts: Mapping[str, Any]) -> dict[str, Any]:
+def result(solution: Any, outcome: Outcome, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Everything about a run that is a number or a name; ``facts`` are those the solution does not know."""
-    leaf = tree.leaves(solution.y)[0]
     return {
         **facts,
-        "algorithm": {"name": solution.algorithm.name, "settings": solution.algorithm.settings()},
+        "algorithm": {"name": outcome.method.name, "settings": outcome.method.settings()},
         "status": solution.status.name,
         "message": solution.message,
         "steps": solution.steps,
         "seconds": solution.seconds,
-        "upper_value": solution.upper_value,
-        "lower_value": solution.lower_value,
-        "accuracy": vars(solution.accuracy),
+        **outcome.numbers,
         "counts": solution.counts,
-        "metrics": solution.metrics,
-        "dtype": leaf.dtype,
-        "device": str(leaf.device),
+        "dtype": outcome.like.dtype,
+        "device": str(outcome.like.device),
         "versions": {
             "bilevel": version(),
             "torch": torch.__version__,
@@ -117,12 +94,14 @@ def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> Path:
     return write(path, "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in history).encode())
 
 
-def write_solution(path: Path, solution: Solution, name: str) -> Path:
-    """x and y as tensors under readable keys; the metadata key ``bilevel`` says in JSON what they solve."""
-    found = {**_named("x", solution.x), **_named("y", solution.y)}
+def write_solution(path: Path, solution: Any, outcome: Outcome, name: str) -> Path:
+    """The variables as tensors under readable keys; the metadata key ``bilevel`` says in JSON what they solve."""
+    found = {}
+    for prefix, point in outcome.variables.items():
+        found.update(_named(prefix, point))
     about = {
         "problem": name,
-        "algorithm": solution.algorithm.name,
+        "algorithm": outcome.method.name,
         "status": solution.status.name,
         "steps": solution.steps,
         "version": version(),
@@ -159,25 +138,12 @@ class TimedCheckpoint(SaveCheckpoint):
             self._last = info.seconds
 
 
-def header(problem: BilevelProblem, x: Tree, y: Tree, algorithm: str) -> str:
-    """One line on what is about to be solved."""
-    leaf = tree.leaves(y)[0]
-    parts = [f"x has {_count(x)}", f"y has {_count(y)}"]
-    for level in ("upper", "lower"):
-        data = getattr(problem, f"{level}_data")
-        if data is not None:
-            rows = f"{data.rows:,}" if data.rows is not None else "unknown"
-            batches = f" in batches of {data.batch_size:,}" if data.stochastic and data.batch_size else ""
-            parts.append(f"{level} data: {rows} rows{batches}")
-    return f"{problem.name}: {'; '.join(parts)}; {algorithm}, {plain(leaf.dtype)} on {leaf.device}"
+def header(name: str, parts: Sequence[str], method: str, like: torch.Tensor) -> str:
+    """One line on what is about to be solved; ``parts`` are phrases, ``like`` has the dtype and the device."""
+    return f"{name}: {'; '.join(parts)}; {method}, {plain(like.dtype)} on {like.device}"
 
 
-def _count(point: Tree) -> str:
-    size, parts = tree.size(point), len(tree.leaves(point))
-    return f"{size:,} number{'s' if size != 1 else ''}" + (f" in {parts} tensors" if parts > 1 else "")
-
-
-def summary(solution: Solution, facts: Mapping[str, Any]) -> str:
+def summary(solution: Any, outcome: Outcome, kind: Kind, facts: Mapping[str, Any]) -> str:
     """The outcome in words and numbers."""
     lines = [
         f"{solution.status.name} after {solution.steps:,} steps and {solution.seconds:.3g} s",
@@ -186,67 +152,15 @@ def summary(solution: Solution, facts: Mapping[str, Any]) -> str:
     advised = solution.status is Status.CONVERGED or solution.status.value in solution.message or "error" in facts
     if not advised:
         lines += textwrap.wrap(solution.status.value, 96, initial_indent="  ", subsequent_indent="  ")
-    rows = [("upper value", solution.upper_value, ""), ("lower value", solution.lower_value, "")]
-    rows += [(name, value, "") for name, value in solution.metrics.items()]
     exact = facts.get("exact") or {}
-    rows += [(name.replace("_", " "), value, "known exactly for this case") for name, value in exact.items()]
-    lines += [
-        "",
-        *_table(rows),
-        "",
-        "How accurate it is, measured at the end on all data:",
-        *_accuracy(solution.accuracy),
-    ]
-    counts = ", ".join(f"{value:,} {_COUNTED.get(name, name)}" for name, value in solution.counts.items())
+    rows = [outcome.headline, *outcome.rows]
+    rows += [Row(name.replace("_", " "), value, kind.meanings.get(name, EXACT)) for name, value in exact.items()]
+    lines += ["", *_table(rows), "", kind.accuracy_title, *_table(outcome.accuracy)]
+    lines += [f"  {line}" for note in outcome.notes for line in textwrap.wrap(f"note: {note}", 94)]
+    counts = ", ".join(f"{value:,} {kind.counted.get(name, name)}" for name, value in solution.counts.items())
     return "\n".join([*lines, "", f"Work: {counts}"])
 
 
-def describe_algorithms() -> list[dict[str, Any]]:
-    """Name, guarantee, one-line summary and settings of every algorithm, as plain data."""
-    return [
-        {
-            "name": name,
-            "guarantee": cls.guarantee,
-            "summary": (inspect.getdoc(inspect.getmodule(cls)) or "").partition("\n")[0],
-            "settings": plain({key: slot.default for key, slot in class_slots(cls).items()}),
-        }
-        for name, cls in algorithms().items()
-    ]
-
-
-def overview(cases: Sequence[Mapping[str, Any]], methods: Sequence[Mapping[str, Any]]) -> str:
-    """The text of ``bilevel list``."""
-    lines = ["Cases (bilevel run NAME):"]
-    for case in cases:
-        defaults = [f"{key}={show(value)}" for key, value in case["settings"].items()]
-        fits = ", ".join(case["fits"]) if case["fits"] is not None else case["note"]
-        tags = f"  [{', '.join(case['tags'])}]" if case["tags"] else ""
-        lines += ["", f"  {case['name']}: {case['summary']}{tags}", f"      fits      {fits}", *_wrapped(defaults)]
-    lines += ["", "Algorithms (--algorithm NAME) and what they guarantee:"]
-    for method in methods:
-        defaults = listing(class_slots(algorithms()[method["name"]]))
-        lines += ["", f"  {method['name']} ({method['guarantee']}): {method['summary']}", *_wrapped(defaults)]
-    return "\n".join(lines)
-
-
-def _wrapped(defaults: Sequence[str]) -> list[str]:
-    return textwrap.wrap(
-        " ".join(defaults) or "none", 110, initial_indent="      settings  ", subsequent_indent=" " * 16,
-        break_on_hyphens=False, break_long_words=False,
-    )  # fmt: skip
-
-
-def _accuracy(accuracy: Accuracy) -> list[str]:
-    rows = []
-    for name, meaning in _EXPLAINED.items():
-        value = getattr(accuracy, name)
-        if value is not None:
-            kind = accuracy.hypergradient_error_kind if name == "hypergradient_error" else None
-            rows.append((name.replace("_", " "), value, f"{meaning} ({kind})" if kind else meaning))
-    notes = [line for note in accuracy.notes for line in textwrap.wrap(f"note: {note}", 94)]
-    return [*_table(rows), *(f"  {note}" for note in notes)]
-
-
-def _table(rows: Sequence[tuple[str, float, str]]) -> list[str]:
-    width = max((len(name) for name, _, _ in rows), default=0)
+def _table(rows: Sequence[Row]) -> list[str]:
+    width = max((len(row.name) for row in rows), default=0)
     return [f"  {name:<{width}}  {value:<12.6g} {meaning}".rstrip() for name, value, meaning in rows]

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import bilevel
-from bilevel import report
-from bilevel.algorithms import Algorithm
-from bilevel.problem import BilevelProblem
+from bilevel import kinds, report
+from bilevel.kinds import KINDS, Job, Kind
 from bilevel.settings import SettingError, arguments, class_slots, plain, sort_keys, split
-from bilevel.targets import Job, Target
+from bilevel.targets import Target
 
 _BUDGETS = ("max_steps", "time_limit", "rtol", "atol", "checkpoint_every")
 _FLAGS = ("seed", "dtype", "device", "data_dir")
@@ -25,16 +24,16 @@ class Request:
     """A run that is fully specified.
 
     Attributes:
-        target, job, algorithm: what to solve, and how.
+        target, job, algorithm: what to solve, and the method.
         texts: the settings given, as texts, for the case and for the algorithm.
         seed: of the run's generator.
-        max_steps, time_limit, rtol, atol, checkpoint_every: as in :func:`bilevel.solve`; free to change on resumption.
+        max_steps, time_limit, rtol, atol, checkpoint_every: as in the kind's ``solve``; free to change on resumption.
         out: the result directory.
     """
 
     target: Target
     job: Job
-    algorithm: Algorithm[Any]
+    algorithm: Any
     texts: Mapping[str, Mapping[str, str]]
     seed: int
     max_steps: int | None
@@ -65,10 +64,11 @@ class Request:
 
     def facts(self) -> dict[str, Any]:
         """What the result says about the problem."""
-        kind = "case" if self.target.file is None else "file"
+        place = "case" if self.target.file is None else "file"
         return {
             "problem": self.target.name,
-            kind: self.target.identity.removeprefix("case "),
+            "kind": self.job.kind.name,
+            place: self.target.identity.removeprefix("case "),
             "source": self.job.source,
             "settings": self.job.settings,
             "seed": self.seed,
@@ -85,16 +85,19 @@ def prepare(args: argparse.Namespace, target: Target, stored: dict[str, Any] | N
     """
     texts = {**split(args.set), **_from_flags(args, target)}
     name = args.algorithm or (stored["identity"]["algorithm"] if stored else None)
-    cls = bilevel.algorithm(name) if name else None
+    cls = kinds.method(name) if name else None
     if cls is not None:  # refuse a wrong key before any data are loaded
         sort_keys(texts, _owners(target, cls))
+    if target.kind is not None:
+        _check_kind(args, target, target.kind, cls)
     own = {key: text for key, text in texts.items() if key.partition(".")[0] in ("case", *target.slots)}
     before = stored["texts"] if stored else {"case": {}, "algorithm": {}}
     case_texts = {**before["case"], **sort_keys(own, {"case": (target.label, target.slots)})["case"]}
     job = target.build(**arguments(case_texts, target.slots))
-    cls = cls or _first_that_fits(job.problem)
-    algorithm_texts = {**before["algorithm"], **sort_keys(texts, _owners(target, cls))["algorithm"]}
-    algorithm = replace(cls(), **arguments(algorithm_texts, class_slots(cls)))
+    _check_kind(args, target, job.kind, cls)
+    base = job.kind.default(job.problem) if cls is None else cls()
+    algorithm_texts = {**before["algorithm"], **sort_keys(texts, _owners(target, type(base)))["algorithm"]}
+    algorithm = replace(base, **arguments(algorithm_texts, class_slots(base)))
     budgets = {
         key: value if value is not None or not stored else stored["budgets"][key]
         for key, value in ((key, getattr(args, key)) for key in _BUDGETS)
@@ -121,7 +124,7 @@ def prepare(args: argparse.Namespace, target: Target, stored: dict[str, Any] | N
     return request
 
 
-def _owners(target: Target, cls: type[Algorithm[Any]]) -> dict[str, tuple[str, Any]]:
+def _owners(target: Target, cls: type[Any]) -> dict[str, tuple[str, Any]]:
     return {"case": (target.label, target.slots), "algorithm": (cls.__name__, class_slots(cls))}
 
 
@@ -143,14 +146,14 @@ def _from_flags(args: argparse.Namespace, target: Target) -> dict[str, str]:
     return found
 
 
-def _first_that_fits(problem: BilevelProblem) -> type[Algorithm[Any]]:
-    reasons = []
-    for cls in bilevel.algorithms().values():
-        reason = cls().refuses(problem)
-        if reason is None:
-            return cls
-        reasons.append(reason)
-    raise ValueError(f"no algorithm fits this problem: {'; '.join(reasons)}")
+def _check_kind(args: argparse.Namespace, target: Target, kind: Kind, cls: type[Any] | None) -> None:
+    """Refuse a method of another kind, and tolerances that this kind does not have."""
+    if cls is not None:
+        kinds.require_kind(cls, kind, target.label)
+    for name in {"rtol", "atol"} - set(kind.tolerances):
+        if getattr(args, name) is not None:
+            known = ", ".join(f"--{key} ({meaning})" for key, meaning in kind.tolerances.items())
+            raise SettingError(f"--{name} {getattr(args, name)}: for {kind.name} problems there is only {known}")
 
 
 def _compare(stored: dict[str, Any], request: Request) -> None:
@@ -194,7 +197,9 @@ def read_request(args: argparse.Namespace, target: Target) -> tuple[dict[str, An
 
 
 def _find_run(args: argparse.Namespace, target: Target) -> Path:
-    names = [bilevel.algorithm(args.algorithm).__name__] if args.algorithm else list(bilevel.algorithms())
+    possible = KINDS.values() if target.kind is None else [target.kind]
+    every = [name for kind in possible for name in kind.methods()]
+    names = [kinds.method(args.algorithm).__name__] if args.algorithm else every
     places = [Path("runs") / f"{target.name}-{name}" for name in names]
     found = [place for place in places if (place / report.REQUEST).exists()]
     if len(found) > 1:

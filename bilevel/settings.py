@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import bilevel
+import constrained
 import implicit
 
 
@@ -224,8 +225,8 @@ def _classes(kind: Any) -> dict[str, type]:
     if typing.get_origin(kind) is type:
         base, spaces = typing.get_args(kind)[0], [torch.optim]
     else:
-        base, spaces = typing.get_origin(kind) or kind, [implicit, bilevel]
-        own = str(getattr(base, "__module__", "")).partition(".")[0] in ("implicit", "bilevel")
+        base, spaces = typing.get_origin(kind) or kind, [implicit, constrained, bilevel]
+        own = str(getattr(base, "__module__", "")).partition(".")[0] in ("implicit", "constrained", "bilevel")
         if not own or not inspect.isclass(base):
             return {}
     found: dict[str, type] = {}

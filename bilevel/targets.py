@@ -6,41 +6,17 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bilevel.problem import BilevelProblem
+from bilevel.kinds import KINDS, Job, Kind, declarations, kind_of
 from bilevel.settings import Slot, function_slots
-from bilevel.solution import Solution
-from implicit.tree import Tree
 
 
 class TargetError(ValueError):
     """A file, or a name in it, that cannot be solved."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A problem ready to be solved.
-
-    Attributes:
-        problem, start: the declaration, and ``(x0, y0)``.
-        settings: what it was built with.
-        max_steps: the step budget it suggests.
-        report: writes what is special to it into a directory.
-        exact: compares a solution with the exact answer, where one is known.
-        source: where the problem or its data come from.
-    """
-
-    problem: BilevelProblem
-    start: tuple[Tree, Tree]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    max_steps: int | None = None
-    report: Callable[[Solution, Path], Any] | None = None
-    exact: Callable[[Solution], dict[str, float]] | None = None
-    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +29,7 @@ class Target:
         label: for messages.
         slots: the settings there are.
         build: called with settings.
+        kind: where it is known before something is built.
         file: the user's file, or None.
     """
 
@@ -61,15 +38,34 @@ class Target:
     label: str
     slots: Mapping[str, Slot]
     build: Callable[..., Job]
+    kind: Kind | None = None
     file: Path | None = None
+
+
+def load_case(problems: ModuleType, name: str) -> Target:
+    """The case ``name`` of the package ``problems``, which this one must not import.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    entry = problems.entry(name)
+    kind = KINDS[entry.kind]
+    return Target(
+        name=entry.name,
+        identity=f"case {entry.name}",
+        label=f"case {entry.name}",
+        slots=function_slots(entry.factory),
+        build=lambda **given: kind.job(problems.case(entry.name, **given)),
+        kind=kind,
+    )
 
 
 def load_target(text: str) -> Target:
     """The target ``FILE.py:NAME``.
 
-    NAME is a :class:`BilevelProblem`, or a function without required parameters that returns one, alone or as
-    ``(problem, x0, y0)``; its keyword parameters are settings. The start is the returned one, or ``problem.start``, or
-    the variables ``x0`` and ``y0`` of the file.
+    NAME is a problem, or a function without required parameters that returns one, alone or as ``(problem, x0, y0)``,
+    for a constrained problem ``(problem, x0)``; its keyword parameters are settings. The start is the returned one, or
+    ``problem.start``, or the variables ``x0`` and ``y0`` of the file.
 
     Raises:
         TargetError: if the file or the name does not exist, the file fails, or NAME is something else.
@@ -90,13 +86,14 @@ def load_target(text: str) -> Target:
         reason = f"{place} has no {name!r}" if name else f"which problem of {place}? Write {place}:NAME"
         raise TargetError(f"{reason}; {listing}")
     found = getattr(module, name)
-    if not isinstance(found, BilevelProblem) and not callable(found):
+    kind = kind_of(found)
+    if kind is None and not callable(found):
         raise TargetError(
-            f"{place}:{name} must be a bilevel.BilevelProblem or a function that returns one, got "
-            f"{type(found).__name__}; {listing}"
+            f"{place}:{name} must be {declarations()}, or a function that returns one, got {type(found).__name__}; "
+            f"{listing}"
         )
     slots = {}
-    if not isinstance(found, BilevelProblem):
+    if kind is None:
         required = _required(found)
         if required:
             raise TargetError(
@@ -107,7 +104,7 @@ def load_target(text: str) -> Target:
 
     def build(**settings: Any) -> Job:
         with _blame(file, f"{place}:{name} failed"):
-            made = found if isinstance(found, BilevelProblem) else found(**settings)
+            made = found(**settings) if kind is None else found
         given = {k: settings.get(k, slot.default) for k, slot in slots.items()}
         return _job(made, module, f"{place}:{name}", given)
 
@@ -117,28 +114,31 @@ def load_target(text: str) -> Target:
         label=f"{place}:{name}",
         slots=slots,
         build=build,
+        kind=kind,
         file=file,
     )
 
 
 def _job(made: Any, module: ModuleType, label: str, settings: dict[str, Any]) -> Job:
-    start: Any = None
-    if isinstance(made, tuple) and len(made) == 3:
-        made, *start = made
-    if not isinstance(made, BilevelProblem):
+    problem, *start = made if isinstance(made, tuple) and made else (made,)
+    kind = kind_of(problem)
+    if kind is None:
         raise TargetError(
-            f"{label} must return a bilevel.BilevelProblem or (problem, x0, y0), got {type(made).__name__}"
+            f"{label} must return {declarations()}, alone or followed by its start, got {type(problem).__name__}"
         )
-    start = start or getattr(made, "start", None)
-    if start is None:
-        missing = [name for name in ("x0", "y0") if not hasattr(module, name)]
+    names = ", ".join(kind.starts)
+    if start and len(start) != len(kind.starts):
+        raise TargetError(f"{label} must return (problem, {names}) or the problem alone, got {len(start) + 1} things")
+    begin = tuple(start) or kind.start(problem)
+    if begin is None:
+        missing = [name for name in kind.starts if not hasattr(module, name)]
         if missing:
             raise TargetError(
                 f"{label}: where should the run start? The file has no variable {' and no '.join(missing)}; define "
-                "x0 and y0 in it, or let the function return (problem, x0, y0)"
+                f"{' and '.join(kind.starts)} in it, or let the function return (problem, {names})"
             )
-        start = (vars(module)["x0"], vars(module)["y0"])
-    return Job(problem=made, start=(start[0], start[1]), settings=settings)
+        begin = tuple(vars(module)[name] for name in kind.starts)
+    return Job(kind=kind, problem=problem, start=begin, settings=settings)
 
 
 def _required(function: Callable[..., Any]) -> list[str]:
@@ -152,7 +152,7 @@ def _required(function: Callable[..., Any]) -> list[str]:
 
 def _is_candidate(value: Any, module: ModuleType) -> bool:
     own = inspect.isfunction(value) and value.__module__ == module.__name__
-    return isinstance(value, BilevelProblem) or (own and not _required(value))
+    return kind_of(value) is not None or (own and not _required(value))
 
 
 def _import(file: Path) -> ModuleType:

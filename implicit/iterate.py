@@ -197,6 +197,10 @@ def _check(
     """Synchronise once: record, keep the best, ask the method and the callbacks whether to go on."""
     state = run.state
     numbers = to_floats(values)
+    if taken := numbers.keys() & {"step", "seconds"}:
+        raise ValueError(
+            f"{type(method).__name__}.step returns {sorted(taken)}, which the driver itself records; rename"
+        )
     shown = info(numbers)
     run.history.append({"step": state.step, "seconds": shown.seconds, **numbers})
     if not bool(state.finite):

@@ -26,8 +26,8 @@ class Status(Enum):
         "returned. Add bounds, or check the sign of the objective"
     )
     LINEAR_SOLVE_FAILED = (
-        "the linear system of the implicit gradient could not be solved; check that the lower objective is strongly "
-        "convex in y (add a ridge), or use a solver for indefinite systems"
+        "a linear system that the method depends on could not be solved. For implicit gradients: check that the lower "
+        "objective is strongly convex in y (add a ridge), or use a solver for indefinite systems"
     )
 
     @property

@@ -21,6 +21,7 @@ import bilevel
 import problems
 from bilevel import picture, report, settings
 from bilevel.cli import main
+from bilevel.kinds import KINDS
 from bilevel.targets import load_target
 from implicit import StepInfo
 from problems.registry import _ENTRIES
@@ -189,11 +190,12 @@ def test_list_as_text_shows_every_case_and_nested_settings(
         _ENTRIES, "far", problems.Entry("far", unbuildable, "needs files", frozenset({"external-data"}))
     )
     monkeypatch.setitem(_ENTRIES, "gone", problems.Entry("gone", absent, "needs files", frozenset()))
+    needy = sum("external-data" in entry.tags for entry in problems.entries("constrained").values())
     assert run("list") == 0
     out = capsys.readouterr().out
     for name in (*problems.entries(), *bilevel.algorithms()):
         assert name in out
-    assert out.count("fits      needs --data-dir") == 2
+    assert out.count("fits      needs --data-dir") == 2 + needy
     assert "step_size.window=none" in out
 
 
@@ -936,5 +938,5 @@ def test_only_rough_curves_get_a_running_mean() -> None:
 def test_histories_with_nan_or_nothing_can_be_drawn(tmp_path: Path) -> None:
     rows = [{"step": 1, "seconds": 0.1, "upper_value": "nan", "stationarity": "inf"}]
     for name, history_rows in (("a", []), ("b", rows), ("c", rows + [{"step": 2, "seconds": 0.2, "upper_value": 3.0}])):
-        path = picture.draw(tmp_path / f"{name}.png", [picture.Curve(name, history_rows)], name)
+        path = picture.draw(tmp_path / f"{name}.png", [picture.Curve(name, KINDS["bilevel"], history_rows)], name)
         assert path.stat().st_size > 1000

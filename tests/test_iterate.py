@@ -190,6 +190,16 @@ def test_an_exception_in_a_callback_is_kept_and_frees_the_signals(error: BaseExc
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_method_may_not_report_what_the_driver_records() -> None:
+    class Overwriting(Count):
+        def step(self, problem, state):
+            return {**super().step(problem, state), "step": 0.5}
+
+    run = drive(Overwriting(goal=5))
+    assert isinstance(run.error, ValueError)
+    assert "'step'" in str(run.error)
+
+
 def test_without_a_record_nothing_is_kept() -> None:
     run = drive(Count(goal=5), record=False)
     assert (run.status, run.state.step, run.history, run.best.point) == (Status.CONVERGED, 5, [], None)

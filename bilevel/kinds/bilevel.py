@@ -1,0 +1,130 @@
+"""Bilevel problems on the command line."""
+
+import functools
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+import bilevel
+from bilevel.kinds.base import Chart, Job, Kind, Outcome, Row, count
+from bilevel.problem import BilevelProblem
+from bilevel.registry import algorithms
+from bilevel.solution import Accuracy, Solution
+from implicit import tree
+from implicit.tree import Tree
+
+_EXPLAINED = {
+    "stationarity": "norm of the hypergradient at x; projected where x is in a set",
+    "hypergradient_error": "how far that hypergradient is from the true one",
+    "bias": "how far the penalty alone moves the hypergradient",
+    "lower_residual": "norm of the lower gradient at (x, y); projected where y is in a set",
+    "lower_error": "distance of y to the lower solution",
+    "linear_residual": "relative residual of the adjoint system",
+    "distance": "estimated distance of x to the nearest solution, doubled for safety",
+    "feasibility": "violation of the constraints",
+}
+
+
+class BilevelKind(Kind):
+    """``min_x f(x, y*(x))``."""
+
+    name = "bilevel"
+    declarations = ("bilevel.BilevelProblem",)
+    starts = ("x0", "y0")
+    tolerances: ClassVar = {"rtol": "relative to the first stationarity", "atol": "on the stationarity"}
+    chart = Chart(
+        value="upper_value",
+        label="upper value",
+        residuals={"stationarity": "stationarity", "hypergradient": "norm of the minibatch hypergradient"},
+        optimum="optimal_upper_value",
+    )
+    accuracy_title = "How accurate it is, measured at the end on all data:"
+    counted: ClassVar = {
+        "upper": "upper evaluations (each with a gradient)",
+        "lower": "lower evaluations (each with a gradient)",
+        "products": "second-order products",
+    }
+    solve = staticmethod(bilevel.solve)
+
+    def declares(self, value: Any) -> bool:
+        """Whether ``value`` is a :class:`BilevelProblem`."""
+        return isinstance(value, BilevelProblem)
+
+    def methods(self) -> dict[str, type[Any]]:
+        """The registered algorithms."""
+        return dict(algorithms())
+
+    def default(self, problem: BilevelProblem) -> Any:
+        """The first registered algorithm that fits."""
+        reasons = []
+        for cls in algorithms().values():
+            reason = cls().refuses(problem)
+            if reason is None:
+                return cls()
+            reasons.append(reason)
+        raise ValueError(f"no algorithm fits this problem: {'; '.join(reasons)}")
+
+    def job(self, case: Any) -> Job:
+        """The case with its budget, its report, and its exact answer."""
+        return Job(
+            kind=self,
+            problem=case.problem,
+            start=case.start,
+            settings=case.settings,
+            max_steps=case.max_steps,
+            report=case.report,
+            exact=functools.partial(_compare, case) if case.x_star is not None else None,
+            source=case.source,
+        )
+
+    def start(self, problem: BilevelProblem) -> tuple[Tree, ...] | None:
+        """Where the modules of a module problem are."""
+        return getattr(problem, "start", None)
+
+    def resumable(self, problem: BilevelProblem) -> bool:
+        """Whether its data can be saved and restored."""
+        return problem.resumable
+
+    def opening(self, job: Job, state: Any) -> tuple[list[str], Tensor]:
+        """Sizes of both levels, and their data."""
+        parts = [f"x has {count(state.x)}", f"y has {count(state.y)}"]
+        for level in ("upper", "lower"):
+            data = getattr(job.problem, f"{level}_data")
+            if data is not None:
+                rows = f"{data.rows:,}" if data.rows is not None else "unknown"
+                batches = f" in batches of {data.batch_size:,}" if data.stochastic and data.batch_size else ""
+                parts.append(f"{level} data: {rows} rows{batches}")
+        return parts, tree.leaves(state.y)[0]
+
+    def outcome(self, job: Job, solution: Solution) -> Outcome:
+        """Both values, the metrics and the accuracy report."""
+        return Outcome(
+            method=solution.algorithm,
+            headline=Row("upper value", solution.upper_value),
+            numbers={
+                "upper_value": solution.upper_value,
+                "lower_value": solution.lower_value,
+                "accuracy": vars(solution.accuracy),
+                "metrics": solution.metrics,
+            },
+            variables={"x": solution.x, "y": solution.y},
+            rows=[Row("lower value", solution.lower_value), *(Row(*item) for item in solution.metrics.items())],
+            accuracy=_accuracy(solution.accuracy),
+            notes=solution.accuracy.notes,
+            like=tree.leaves(solution.y)[0],
+        )
+
+
+def _compare(case: Any, solution: Solution) -> dict[str, float]:
+    found = {"distance_to_exact_x": case.distance(solution), "relative_error_of_x": case.error(solution)}
+    return found if case.upper_star is None else {**found, "optimal_upper_value": case.upper_star}
+
+
+def _accuracy(accuracy: Accuracy) -> list[Row]:
+    rows = []
+    for name, meaning in _EXPLAINED.items():
+        value = getattr(accuracy, name)
+        if value is not None:
+            kind = accuracy.hypergradient_error_kind if name == "hypergradient_error" else None
+            rows.append(Row(name.replace("_", " "), value, f"{meaning} ({kind})" if kind else meaning))
+    return rows
