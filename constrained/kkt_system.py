@@ -67,7 +67,12 @@ class KKTSystem(LinearOperator):
 
     def to_sparse(self) -> scipy.sparse.csc_array | None:
         """The matrix in scipy's format where both parts are sparse, else None."""
-        hessian, jacobian = self.hessian.to_sparse(), self.jacobian.to_sparse()
+        hessian = self.hessian.to_sparse()
+        jacobian = (
+            self.jacobian.to_sparse()
+            if self.m
+            else scipy.sparse.csr_array((0, self.n), dtype=getattr(hessian, "dtype", None))
+        )
         if hessian is None or jacobian is None:
             return None
         top = hessian + scipy.sparse.diags_array(self._primal.cpu().numpy())

@@ -335,7 +335,8 @@ def as_operator(
             raise ValueError(f"{field} returns {type(matrix).__name__} that is not declared symmetric: declare it so")
         return matrix
     if scipy.sparse.issparse(matrix):
-        return Sparse(matrix.astype(_numpy_dtype(like)), symmetric=symmetric)
+        out = None if shape[0] == shape[1] else like.new_zeros(shape[0])
+        return Sparse(matrix.astype(_numpy_dtype(like)), symmetric=symmetric, like=like, out=out)
     if not isinstance(matrix, Tensor):
         raise TypeError(f"{field} returns {type(matrix).__name__}: give a tensor, a scipy sparse matrix or an operator")
     if matrix.dtype != like.dtype or matrix.device != like.device:

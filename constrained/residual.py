@@ -8,6 +8,7 @@ from torch import Tensor
 from constrained.lagrangian import Lagrangian, Point
 from constrained.multipliers import FlatMultipliers
 from constrained.problem import Problem
+from implicit import Dense
 from implicit.tree import Tree
 
 
@@ -15,13 +16,14 @@ from implicit.tree import Tree
 class KKTResidual:
     """Scaled residuals of the optimality conditions; all zero at a KKT point.
 
-    With ``L = f + <l, h> + <v, c> + <z_u, x - upper> + <z_l, lower - x>`` and ``s = max(1, |grad f|, |l|, |v|, |z|)``,
-    all norms being largest entries:
+    With ``L = f + <l, h> + <v, c> + <z_u, x - upper> + <z_l, lower - x>``, all norms being largest entries:
 
     Attributes:
-        stationarity: ``|grad_x L| / s``.
+        stationarity: ``|grad_x L| / s`` with ``s = max(1, |grad f|, |l|, |v|, |z|)``; where the Jacobian is a dense
+            matrix, multipliers count as ``|v_i| min(1, |grad c_i|)``: rows without gradient have any.
         feasibility: the largest violation of ``h = 0``, ``c <= 0`` and the bounds, as declared.
-        complementarity: the largest of ``|v_i c_i|``, ``|z_i (x - bound)_i|`` and of negative multipliers, over s.
+        complementarity: the largest of ``|v_i c_i| / max(1, |grad f|, |v_i|)``, the same for bounds, and of negative
+            multipliers over s. Each product has its own scale, so that one huge multiplier does not excuse the others.
     """
 
     stationarity: float
@@ -54,15 +56,19 @@ def violation(lagrangian: Lagrangian, point: Point) -> Tensor:
 
 def measure(lagrangian: Lagrangian, point: Point, multipliers: FlatMultipliers) -> Tensor:
     """The three residuals of :class:`KKTResidual` as a tensor of shape (3,); nothing is read on the host."""
-    gradient = point.lagrangian_gradient(torch.cat([multipliers.equality, multipliers.inequality]))
-    gradient = gradient - multipliers.lower + multipliers.upper
-    scale = torch.clamp(largest(point.gradient, *multipliers), min=1.0)
+    rows = torch.cat([multipliers.equality, multipliers.inequality])
+    gradient = point.lagrangian_gradient(rows) - multipliers.lower + multipliers.upper
+    if len(rows) and lagrangian.dense and isinstance(point.jacobian, Dense):
+        rows = rows * point.jacobian.matrix.abs().amax(dim=1).clamp(max=1.0)
+    scale = torch.clamp(largest(point.gradient, rows, multipliers.lower, multipliers.upper), min=1.0)
     stationarity = torch.where(torch.isfinite(point.objective), largest(gradient) / scale, torch.nan)
     gaps = torch.cat([point.inequality, *bound_gaps(lagrangian, point.x)])
     duals = torch.cat(multipliers[1:])
     # No bound, no product: inf * 0 is not a number, and a multiplier without its bound is an error by itself.
     products = torch.where(torch.isinf(gaps), duals, gaps * duals)
-    complementarity = largest(products, duals.clamp(max=0)) / scale
+    # Each product by its own multiplier: a huge one of a row without gradient must not hide the others.
+    own = torch.maximum(duals.abs(), largest(point.gradient)).clamp(min=1.0)
+    complementarity = largest(products / own, duals.clamp(max=0) / scale)
     return torch.stack([stationarity, violation(lagrangian, point), complementarity])
 
 

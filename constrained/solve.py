@@ -19,6 +19,17 @@ from implicit import Run, SolveError, Status, runs, tree
 from implicit.iterate import Callback, iterate
 from implicit.tree import Tree
 
+RENAMED = {
+    "tol": "atol",
+    "gtol": "atol",
+    "rtol": "atol, on the scaled KKT residual",
+    "options": "by the fields of the method, such as constrained.InteriorPoint(barrier=0.1), and max_steps, atol",
+    "bounds": "lower and upper, of the problem",
+    "constraints": "equality and inequality, of the problem; see constrained.from_scipy",
+    "jac": "gradient, of the problem",
+    "hess": "hessian (of the Lagrangian), of the problem",
+}
+
 
 def solve(
     problem: Problem,
@@ -69,7 +80,7 @@ def solve(
         >>> found.success, bool((found.x + 1).abs().max() < 1e-3), round(float(found.multipliers.equality), 3)
         (True, True, 0.5)
     """
-    runs.refuse_unknown(unknown)
+    runs.refuse_unknown(unknown, **RENAMED)
     if not isinstance(problem, Problem):
         found = type(problem).__name__
         raise TypeError(f"problem must be a constrained.EqualityProblem or a ConstrainedProblem, got {found}")
@@ -121,9 +132,18 @@ def _begin(
     problem.validate(x0)
     lagrangian = Lagrangian(problem, x0)
     start = lagrangian.flat(x0).clone()
-    flat = None if multipliers is None else lagrangian.flat_multipliers(*multipliers)
+    flat = None if multipliers is None else lagrangian.flat_multipliers(*_require_multipliers(multipliers))
     resolved = chosen.resolve(lagrangian, start, max_steps=max_steps)
     return lagrangian, resolved, Run(resolved.init(lagrangian, start, flat, generator=generator))
+
+
+def _require_multipliers(multipliers: Any) -> tuple[Any, ...]:
+    if isinstance(multipliers, tuple) and len(multipliers) <= len(FlatMultipliers._fields):
+        return multipliers
+    raise TypeError(
+        f"multipliers must be constrained.Multipliers(equality=..., inequality=..., lower=..., upper=...), got "
+        f"{type(multipliers).__name__}"
+    )
 
 
 def _require_method(method: Any, problem: Problem) -> ConstrainedMethod[Any]:

@@ -41,7 +41,9 @@ class Stacked(LinearOperator):
             for part in parts
         ]
         if all(block is not None for block in blocks):
-            return Sparse(scipy.sparse.vstack(blocks, format="csr"), symmetric=False)
+            like = tree.ravel(parts[0].like).detach()
+            matrix = scipy.sparse.vstack(blocks, format="csr")
+            return Sparse(matrix, symmetric=False, like=like, out=like.new_zeros(matrix.shape[0]))
         return Stacked(parts)
 
     def mv(self, v: Tree) -> Tree:

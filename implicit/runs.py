@@ -24,15 +24,21 @@ _RENAMED = {
 }
 
 
-def refuse_unknown(unknown: dict[str, Any]) -> None:
+def refuse_unknown(unknown: dict[str, Any], where: str = "solve", **renamed: str) -> None:
     """Name the argument that does not exist, and what it is called here.
+
+    Args:
+        unknown: the arguments that the function does not have.
+        where: the function.
+        renamed: what arguments are called there, beyond what they are called everywhere.
 
     Raises:
         TypeError: if ``unknown`` is not empty.
     """
+    names = _RENAMED | renamed
     for name in unknown:
-        cure = f"; here it is called {_RENAMED[name]}" if name in _RENAMED else ""
-        raise TypeError(f"solve() has no argument {name!r}{cure}")
+        cure = f"; here it is called {names[name]}" if name in names else ""
+        raise TypeError(f"{where}() has no argument {name!r}{cure}")
 
 
 def check_callbacks(callbacks: Any) -> list[Callback]:
@@ -106,7 +112,8 @@ def check_format(checkpoint: Any, where: str) -> None:
     Raises:
         ValueError: naming ``where`` to get one.
     """
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    known = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+    if not known or not {"name", "method", "state", "start"} <= checkpoint.keys():
         raise ValueError(f"checkpoint is not one of this version; get it from {where}.load_checkpoint(path)")
 
 

@@ -79,14 +79,27 @@ def test_complementarity_of_an_inactive_constraint() -> None:
 
 
 def test_the_scale_is_the_largest_of_one_the_gradient_and_the_multipliers() -> None:
-    def line(slope: float, x: Tensor, multiplier: float) -> float:
-        problem = EqualityProblem(lambda x: slope * x.sum(), lambda x: 1e-3 * x.sum())
+    def line(slope: float, x: Tensor, multiplier: float, row: float = 2.0) -> float:
+        problem = EqualityProblem(lambda x: slope * x.sum(), lambda x: row * x.sum())
         return kkt_residual(problem, x, torch.tensor(multiplier)).stationarity
 
     x = torch.zeros(2)
     assert line(0.01, x, 0.0) == 0.01
     assert line(50.0, x, 0.0) == 1.0
-    assert line(0.01, x, 1e3) == pytest.approx((0.01 + 1) / 1e3)
+    assert line(0.01, x, 1e3) == pytest.approx((0.01 + 2e3) / 1e3)
+    assert line(0.01, x, 1e3, row=1e-3) == pytest.approx(1.01)  # a multiplier counts as much as its row is long
+    assert line(0.5, x, 1e9, row=0.0) == 0.5
+
+
+def test_a_huge_multiplier_does_not_excuse_other_products() -> None:
+    problem = ConstrainedProblem(
+        objective=lambda x: 0.5 * (x - 1).square().sum(), inequality=lambda x: torch.cat([0 * x, x - 5])
+    )
+    found = kkt_residual(problem, torch.full((1,), 0.5), inequality=torch.tensor([1e8, 0.5]))
+    assert found.complementarity == pytest.approx(2.25)
+    assert found.stationarity == pytest.approx(0.0)
+    far = kkt_residual(problem, torch.full((1,), 1.0), inequality=torch.tensor([0.0, 1e8]))
+    assert far.complementarity == pytest.approx(4.0)
 
 
 def test_a_constraint_is_measured_as_declared() -> None:

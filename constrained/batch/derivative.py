@@ -11,6 +11,7 @@ from torch import Tensor
 from constrained.batch.functions import BatchFunctions
 from implicit import ConvergenceWarning
 from implicit.pullback import push
+from implicit.root_checks import refuse_nested_forward
 from implicit.transforms import is_tracked
 
 
@@ -149,6 +150,7 @@ class Implicit(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        refuse_nested_forward()
         conditions: Conditions = ctx.conditions
         y, *leaves = ctx.saved_tensors
         conditions.examine()

@@ -128,9 +128,15 @@ def residual(functions: BatchFunctions, e: Elements, d: Derivatives) -> Tensor:
             duals.append(dual)
             # No bound, no product: inf * 0 is not a number, and a multiplier without its bound is an error by itself.
             products.append(torch.where(torch.isinf(gap), dual, dual * gap))
-    scale = largest(d.gradient, e.equality, *duals).clamp(min=1.0)
+    rows = torch.cat([e.equality, e.inequality], dim=1)
+    if rows.shape[1]:
+        rows = rows * d.jacobian.abs().amax(dim=2).clamp(max=1.0)
+    scale = largest(d.gradient, rows, *duals[1:]).clamp(min=1.0)
     negative = [dual.clamp(max=0) for dual in duals]
-    parts = [largest(total) / scale, violation(functions, e.x, d.constraints), largest(*products, *negative) / scale]
+    reach = largest(d.gradient).clamp(min=1.0)[:, None]
+    own = [product / torch.maximum(dual.abs(), reach) for product, dual in zip(products, duals, strict=True)]
+    lowest = largest(*negative) / scale
+    parts = [largest(total) / scale, violation(functions, e.x, d.constraints), torch.maximum(largest(*own), lowest)]
     return torch.stack(parts, dim=1)
 
 

@@ -242,7 +242,7 @@ def _judge(functions: BatchFunctions, e: Elements, d: Derivatives, finite: Tenso
     far = 1e10
     down = e.objective < -far * e.first.abs().clamp(min=1.0)
     feasible = broken <= 1e-6 * largest(e.x).clamp(min=1.0)
-    code = torch.where(running & down & feasible & ~e.restoring, CODE[Status.UNBOUNDED], code)
+    code = torch.where(running & ~solved & down & feasible & ~e.restoring, CODE[Status.UNBOUNDED], code)
     return e._replace(code=code, saddle=e.saddle | (solved & ~minimum))
 
 

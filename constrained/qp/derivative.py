@@ -154,7 +154,7 @@ class _Report(torch.autograd.Function):
     @staticmethod
     def forward(value: Tensor, slides: Tensor, doubts: Tensor, transposed: bool) -> Tensor:
         used = (value != 0).any(1)
-        loose = (slides != 0).any(2).any(1)
+        loose = (slides.abs() > 1e-8).any(2).any(1)
         if transposed:  # only what depends on an undetermined direction is in doubt
             along = (value[:, None] @ slides)[:, 0].abs() > 1e-8 * torch.linalg.vector_norm(value, dim=1)[:, None]
             loose = along.any(1)

@@ -181,7 +181,7 @@ def steepest_ray(program: Program, max_steps: int = 100) -> Tensor:
     found, _ = interior_point(cone, max_steps)
     point = polish(cone, _point(cone, found))
     # A direction counts only as far as it is one.
-    bend = largest(program.curve(point.x)) + largest(
-        torch.where(program.free, program.multiply(point.x), program.multiply(point.x).clamp(min=0))
-    )
-    return torch.where((bend <= eps**0.5 * largest(point.x))[:, None], point.x, 0.0)
+    # A curvature above rounding would stop the fall.
+    straight = largest(program.curve(point.x)) <= 64 * n * eps * largest(program.Q.flatten(1)) * largest(point.x)
+    out = largest(torch.where(program.free, program.multiply(point.x), program.multiply(point.x).clamp(min=0)))
+    return torch.where((straight & (out <= eps**0.5 * largest(point.x)))[:, None], point.x, 0.0)
