@@ -58,7 +58,7 @@ class Problem:
         Raises:
             TypeError: for leaves that are no floating-point tensors, or functions that return the wrong kind.
             ValueError: for mixed dtypes or devices, a start that is not finite, bounds that do not fit or cross, and
-                values that have lost their graph. Supplied derivatives are checked where they are first used.
+                values that have lost their graph. Supplied derivatives are looked at by :func:`constrained.solve`.
         """
         _check_point(x0, name)
         for side in ("lower", "upper"):

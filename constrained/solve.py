@@ -15,6 +15,7 @@ from constrained.problem import Problem
 from constrained.registry import default_method, methods
 from constrained.residual import KKTResidual
 from constrained.solution import Solution
+from constrained.supplied import check_supplied
 from implicit import Run, SolveError, Status, runs, tree
 from implicit.iterate import Callback, iterate
 from implicit.tree import Tree
@@ -72,6 +73,9 @@ def solve(
     Raises:
         TypeError, ValueError: for misuse, before the first step.
         SolveError: for a numerical failure, or an exception inside a function of the problem after the first step.
+
+    Warns:
+        UserWarning: where a supplied derivative disagrees with differences at x0.
 
     Example:
         >>> import torch, constrained
@@ -132,6 +136,7 @@ def _begin(
     problem.validate(x0)
     lagrangian = Lagrangian(problem, x0)
     start = lagrangian.flat(x0).clone()
+    check_supplied(lagrangian, start)
     flat = None if multipliers is None else lagrangian.flat_multipliers(*_require_multipliers(multipliers))
     resolved = chosen.resolve(lagrangian, start, max_steps=max_steps)
     return lagrangian, resolved, Run(resolved.init(lagrangian, start, flat, generator=generator))

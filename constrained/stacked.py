@@ -42,7 +42,7 @@ class Stacked(LinearOperator):
         ]
         if all(block is not None for block in blocks):
             like = tree.ravel(parts[0].like).detach()
-            matrix = scipy.sparse.vstack(blocks, format="csr")
+            matrix: Any = scipy.sparse.vstack(blocks, format="csr")
             return Sparse(matrix, symmetric=False, like=like, out=like.new_zeros(matrix.shape[0]))
         return Stacked(parts)
 
