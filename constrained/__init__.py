@@ -16,6 +16,7 @@ from constrained.batched import solve_batch as solve_batch
 from constrained.differentiable import OptimalPoint as OptimalPoint
 from constrained.differentiable import differentiable as differentiable
 from constrained.interior_point import InteriorPoint as InteriorPoint
+from constrained.kkt_preconditioner import ProbedKKT as ProbedKKT
 from constrained.kkt_system import KKTSystem as KKTSystem
 from constrained.lagrangian import Lagrangian as Lagrangian
 from constrained.lagrangian import Point as Point
@@ -81,6 +82,7 @@ __all__ = [
     "Point",
     "Polyhedron",
     "Problem",
+    "ProbedKKT",
     "Product",
     "QPSolution",
     "SecondOrderCone",

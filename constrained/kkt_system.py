@@ -20,6 +20,10 @@ class KKTSystem(LinearOperator):
         diagonal: d, shape (n,); zero if None.
         primal_shift: p.
         dual_shift: r, a number or shape (m,).
+
+    Attributes:
+        primal: d + p, shape (n,).
+        dual: r, shape (m,).
     """
 
     symmetric = True
@@ -36,8 +40,8 @@ class KKTSystem(LinearOperator):
         self.hessian, self.jacobian = hessian, jacobian
         self.n, self.m = hessian.shape[0], jacobian.shape[0]
         flat = tree.ravel(hessian.like)
-        self._primal = (flat.new_zeros(self.n) if diagonal is None else diagonal) + primal_shift
-        self._dual = flat.new_zeros(self.m) + dual_shift
+        self.primal = (flat.new_zeros(self.n) if diagonal is None else diagonal) + primal_shift
+        self.dual = flat.new_zeros(self.m) + dual_shift
         super().__init__(flat.new_zeros(self.n + self.m))
 
     def split(self, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,14 +50,14 @@ class KKTSystem(LinearOperator):
 
     def mv(self, v: Tree) -> Tree:
         x, y = self.split(v)
-        top = self.hessian.flat_mv(x) + self._primal * x + self.jacobian.T.flat_mv(y)
-        return torch.cat([top, self.jacobian.flat_mv(x) - self._dual * y])
+        top = self.hessian.flat_mv(x) + self.primal * x + self.jacobian.T.flat_mv(y)
+        return torch.cat([top, self.jacobian.flat_mv(x) - self.dual * y])
 
     def _flat_block(self, rows: Tensor) -> Tensor:
         self.products += len(rows)
         x, y = self.split(rows)
-        top = self.hessian.flat_mm(x) + self._primal * x + self.jacobian.T.flat_mm(y)
-        return torch.cat([top, self.jacobian.flat_mm(x) - self._dual * y], dim=1)
+        top = self.hessian.flat_mm(x) + self.primal * x + self.jacobian.T.flat_mm(y)
+        return torch.cat([top, self.jacobian.flat_mm(x) - self.dual * y], dim=1)
 
     def to_dense(self, chunk: int | None = None) -> Tensor:
         """The matrix, written block by block."""
@@ -62,7 +66,7 @@ class KKTSystem(LinearOperator):
         matrix[: self.n, : self.n] = self.hessian.to_dense(chunk)
         matrix[self.n :, : self.n] = jacobian
         matrix[: self.n, self.n :] = jacobian.T
-        matrix.diagonal().add_(torch.cat([self._primal, -self._dual]))
+        matrix.diagonal().add_(torch.cat([self.primal, -self.dual]))
         return matrix
 
     def to_sparse(self) -> scipy.sparse.csc_array | None:
@@ -75,6 +79,6 @@ class KKTSystem(LinearOperator):
         )
         if hessian is None or jacobian is None:
             return None
-        top = hessian + scipy.sparse.diags_array(self._primal.cpu().numpy())
-        corner = -scipy.sparse.diags_array(self._dual.cpu().numpy())
+        top = hessian + scipy.sparse.diags_array(self.primal.cpu().numpy())
+        corner = -scipy.sparse.diags_array(self.dual.cpu().numpy())
         return scipy.sparse.csc_array(scipy.sparse.block_array([[top, jacobian.T], [jacobian, corner]], format="csc"))

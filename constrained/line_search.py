@@ -9,6 +9,7 @@ from constrained.lagrangian import Lagrangian, Point
 from constrained.merit import ExactAugmentedLagrangian
 
 SHORTEST = 1e-10
+EXPANSION, LONGEST = 8.0, 1e15
 ROUNDING = 1e-14
 
 
@@ -40,6 +41,7 @@ class LineSearch:
 
     Attributes:
         bent: whether the gradient of the Lagrangian was what made the last refused point too high.
+        outside: whether the last refused point lies where f or c is no number.
     """
 
     merit: ExactAugmentedLagrangian
@@ -48,6 +50,7 @@ class LineSearch:
     reference: float
     beta: float
     bent: bool = False
+    outside: bool = False
 
     def run(
         self,
@@ -84,12 +87,37 @@ class LineSearch:
             length *= 0.5
         return None
 
+    def extend(
+        self,
+        problem: Lagrangian,
+        start: tuple[Tensor, Tensor],
+        step: tuple[Tensor, Tensor],
+        slope: float,
+        trial: Trial,
+    ) -> Trial:
+        """The longest of 1, 8, 64, ... along a full step while that still satisfies Armijo's condition and lowers M.
+
+        For steps whose length is that of a shift, not of the curvature: where M has no minimum along them.
+        """
+        value = self.merit.terms(trial.point, trial.multiplier).at(self.mu, self.nu)
+        while trial.length < LONGEST:
+            length = EXPANSION * trial.length
+            point, multiplier = problem.at(start[0] + length * step[0]), start[1] + length * step[1]
+            if not (point.finite and self.merit.floor(point, multiplier, self.mu) < value):
+                break
+            found = self.merit.terms(point, multiplier).at(self.mu, self.nu)
+            if not found < min(value, self.reference + self.beta * length * slope):
+                break
+            trial, value = Trial(point, multiplier, length, "armijo"), found
+        return trial
+
     def accepts(self, point: Point, multiplier: Tensor, decrease: float) -> bool:
         """Whether M is low enough there; derivatives are evaluated only where the other terms leave it open."""
         bound = self.reference + self.beta * decrease + ROUNDING * abs(self.reference)
         if not point.finite or not self.merit.floor(point, multiplier, self.mu) <= bound:
-            self.bent = False
+            self.bent, self.outside = False, not point.finite
             return False
         accepted = self.merit.terms(point, multiplier).at(self.mu, self.nu) <= bound
-        self.bent = self.bent if accepted else True
+        if not accepted:
+            self.bent, self.outside = True, False
         return accepted

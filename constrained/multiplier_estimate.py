@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from constrained.lagrangian import Point
+from constrained.residual import largest
 from implicit import LSMR, ConvergenceWarning, Dense
 
 LARGEST = 1e3
@@ -30,7 +31,7 @@ def least_squares_multipliers(point: Point, limit: float = LARGEST) -> Tensor:
             # Dependent constraints are what minimum norm is for.
             warnings.simplefilter("ignore", ConvergenceWarning)
             found = LSMR(rtol=RTOL).solve(jacobian.T, rhs).value
-    usable = bool(torch.isfinite(found).all()) and bool(found.abs().max() <= limit)
+    usable = bool(torch.isfinite(found).all()) and bool(largest(found) <= limit)
     return found if usable else rhs.new_zeros(jacobian.shape[0])
 
 

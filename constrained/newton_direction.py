@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from constrained.inertia import CorrectedKKT, InertiaCorrection
+from constrained.kkt_preconditioner import ProbedKKT
 from constrained.kkt_system import KKTSystem
 from constrained.sketch_solver import SketchAndProject
 from implicit import LinearOperator, LinearSolver, SparseLU
@@ -80,13 +81,14 @@ class DirectionFinder:
         *,
         last: float,
         rtol: float,
+        start: float = 0.0,
         dual_diagonal: Tensor | float = 0.0,
     ) -> NewtonDirection:
-        """The direction for ``rhs``; iterative solvers stop at the relative residual ``rtol``."""
+        """The direction for ``rhs``, p at least ``start``; iterative solvers stop at a relative residual of rtol."""
         if not self.direct:
-            return self._iterate(hessian, jacobian, rhs, last, rtol, dual_diagonal)
+            return self._iterate(hessian, jacobian, rhs, (last, start), rtol, dual_diagonal)
         rule = replace(SHIFTS, linear_solver=self.solver)
-        found = rule.correct(hessian, jacobian, rhs, last=last, dual_diagonal=dual_diagonal)
+        found = rule.correct(hessian, jacobian, rhs, last=last, start=start, dual_diagonal=dual_diagonal)
         return NewtonDirection(
             step=found.step,
             shift=found.primal,
@@ -104,14 +106,15 @@ class DirectionFinder:
         hessian: LinearOperator,
         jacobian: LinearOperator,
         rhs: Tensor,
-        last: float,
+        shifts: tuple[float, float],
         rtol: float,
         dual_diagonal: Tensor | float,
     ) -> NewtonDirection:
-        shift, steps = 0.0, 0
+        (last, shift), steps = shifts, 0
+        solve: _Iterative | None = None
         while True:
             system = KKTSystem(hessian, jacobian, primal_shift=shift, dual_shift=dual_diagonal)
-            solve = _Iterative(self, system)
+            solve = _Iterative(self, system, solve)
             z, taken = solve(rhs, None, rtol)
             steps += taken
             finite = bool(torch.isfinite(z).all())
@@ -131,11 +134,16 @@ def _factorised(found: CorrectedKKT) -> Any:
 class _Iterative:
     """A system that is solved by iteration."""
 
-    def __init__(self, finder: DirectionFinder, system: KKTSystem) -> None:
+    def __init__(self, finder: DirectionFinder, system: KKTSystem, before: "_Iterative | None") -> None:
         self.finder, self.system = finder, system
         solver = finder.solver
-        draws = isinstance(solver, SketchAndProject)
-        self.prepared: Any = solver.init(system, finder.generator) if draws else solver.init(system)
+        self.prepared: Any
+        if isinstance(solver, SketchAndProject):
+            self.prepared = solver.init(system, finder.generator)
+        elif isinstance(solver, ProbedKKT) and before is not None:  # another shift changes neither H nor J
+            self.prepared = solver.init(system, before.prepared)
+        else:
+            self.prepared = solver.init(system)
 
     def __call__(self, rhs: Tensor, start: Tensor | None, rtol: float) -> tuple[Tensor, int]:
         solver: Any = self.finder.solver

@@ -9,17 +9,19 @@ from torch import Tensor
 
 from constrained.accuracy import DELTA_FLOOR, accuracy_trial, relative_tolerance
 from constrained.escape import escape, negative_curvature
-from constrained.feasibility import feasibility_step
+from constrained.feasibility import FeasibilityStep, feasibility_step
+from constrained.inertia import require_kkt_solver
+from constrained.kkt_preconditioner import ProbedKKT
 from constrained.lagrangian import DENSE_LIMIT, Lagrangian, Point
 from constrained.line_search import LineSearch, Trial
 from constrained.merit import ExactAugmentedLagrangian, Slope, Terms
 from constrained.method import ConstrainedMethod, ConstrainedState, smallest_curvature
-from constrained.multiplier_estimate import constraint_sizes, least_squares_multipliers
+from constrained.multiplier_estimate import LARGEST, constraint_sizes, least_squares_multipliers
 from constrained.multipliers import FlatMultipliers
 from constrained.newton_direction import DirectionFinder, NewtonDirection
 from constrained.problem import Problem
 from constrained.residual import largest, measure
-from implicit import LDLT, MINRES, LinearSolver, SparseLU, Status
+from implicit import LDLT, LinearSolver, SparseLU, Status
 
 LARGEST_MU, SMALLEST_NU = 1e8, 1e-8
 """Penalties are no longer adapted beyond these."""
@@ -32,6 +34,8 @@ SHORT_STEP, TINY_STEP, PATIENCE = 0.125, 1e-3, 3
 BARELY_VIOLATED = 1e-4
 """Below this violation short steps are not blamed on the constraints."""
 NU_CUT = 10.0
+TRIED, SLOW = 10, 0.7
+"""After so many steps of restoration that leave more than this share of the violation its model is changed."""
 PROGRESS = 0.1
 """The share of its violation at which a phase of restoration ends."""
 HALVING = 0.5
@@ -39,6 +43,7 @@ NEAR_SADDLE, ESCAPES = 1e-4, 5
 MEMORY = 5
 UNBOUNDED = 1e20
 TIGHTEST = 1e-12
+ROUNDINGS = 10.0
 
 
 @dataclass(kw_only=True)
@@ -47,13 +52,15 @@ class AdaSketchNewtonState(ConstrainedState):
 
     Attributes:
         mu, nu, delta: penalties and accuracy.
-        objective_weight, constraint_weights: w and s of the merit function.
+        objective_weight, constraint_weights: w and s of the merit function; s is one where that left no way on.
         shift: primal shift of the last step, zero if none was needed.
         residual, best: the KKT residual, and its smallest value so far.
         memory: the terms of M at the last iterates, three numbers each.
         short: short steps in a row.
         restoring: whether the violation alone is being reduced; until it is at most ``target``.
-        restoration_shift: as ``shift``, in that phase.
+        damping: as ``shift``, in that phase; zero before its first step.
+        curved: whether its model has the curvature of the constraints.
+        mark, since: their weighted violation when the model was last judged, and the steps since then.
         escapes: saddle points left behind.
     """
 
@@ -63,13 +70,16 @@ class AdaSketchNewtonState(ConstrainedState):
     objective_weight: float
     constraint_weights: Tensor
     shift: float = 0.0
-    residual: float = math.inf
+    residual: float = math.nan
     best: float = math.inf
     memory: list[float] = field(default_factory=list)
     short: int = 0
     restoring: bool = False
     target: float = 0.0
-    restoration_shift: float = 0.0
+    damping: float = 0.0
+    curved: bool = False
+    mark: float = 0.0
+    since: int = 0
     escapes: int = 0
 
 
@@ -102,7 +112,7 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
     Args:
         linear_solver: None takes :class:`implicit.LDLT` for up to 2,000 variables and constraints together (the
             inertia is then known exactly), :class:`implicit.SparseLU` where the supplied derivatives are sparse, and
-            :class:`implicit.MINRES` otherwise. :class:`constrained.SketchAndProject` is the paper's.
+            :class:`constrained.ProbedKKT` otherwise. :class:`constrained.SketchAndProject` is the paper's.
         mu, nu, delta: penalties and accuracy at the start; the paper's constants.
         xi_b: the paper's lower bound on the curvature of H + p I on the null space of G; for ``accuracy="theory"``.
         beta: Armijo's constant, in (0, 1/2).
@@ -147,8 +157,7 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.linear_solver is not None and not isinstance(self.linear_solver, LinearSolver):
-            raise TypeError(f"linear_solver must be such as implicit.MINRES(), got {self.linear_solver!r}")
+        require_kkt_solver(self.linear_solver)
         for name in ("mu", "nu", "delta", "xi_b"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
@@ -208,7 +217,8 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         if state.verdict:
             return Status[state.verdict]
         assert self.atol is not None
-        state.residual = float(measure(problem, point, state.multipliers).max())
+        if math.isnan(state.residual):  # at the start; every step measures where it ends
+            state.residual = float(measure(problem, point, state.multipliers).max())
         if not state.residual <= self.atol:
             return Status.RUNNING
         curvature = smallest_curvature(problem, point, state.multipliers) if state.escapes < ESCAPES else None
@@ -219,14 +229,14 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         """One Newton step, one step of restoration, or one away from a saddle point."""
         point = state.at(problem)
         values = self._feasibility(problem, state) if state.restoring else self._newton(problem, state)
-        feasible = float(largest(point.constraints)) <= BARELY_VIOLATED * max(1.0, float(largest(point.x)))
         lost = float(point.objective) <= -UNBOUNDED or float(largest(point.x)) >= UNBOUNDED
-        if feasible and lost:
+        if lost and _barely_violated(point):
             state.verdict = Status.UNBOUNDED.name
         end = state.at(problem)
         stationarity, feasibility, _ = measure(problem, end, state.multipliers).tolist()
+        state.residual = max(stationarity, feasibility)
         return {
-            "residual": max(stationarity, feasibility),
+            "residual": state.residual,
             "stationarity": stationarity,
             "feasibility": feasibility,
             "objective": float(end.objective),
@@ -255,11 +265,13 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         if found.dual_shift and self._inconsistent(state, point, found):
             self._restore(state, point)
             return {**self._feasibility(problem, state), "linear_steps": found.linear_steps}
+        if found.dual_shift:
+            self._limit_multipliers(problem.n, point, multiplier, found)
         slope, rejected = self._adapt(problem, state, merit, hessian, found, rhs, terms, rtol)
         state.shift = found.last
-        trial, bent = self._search(problem, state, merit, found, slope, terms, rhs, rtol)
+        trial, search = self._search(problem, state, merit, found, slope, terms, rhs, rtol)
         values = {"shift": found.shift, "linear_steps": found.linear_steps, "rejected": rejected}
-        self._react(state, point, trial, bent)
+        self._react(state, point, trial, search)
         if trial is None:
             return values
         state.x, state.point = trial.point.x, trial.point
@@ -326,7 +338,7 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         terms: Terms,
         rhs: Tensor,
         rtol: float,
-    ) -> tuple[Trial | None, bool]:
+    ) -> tuple[Trial | None, LineSearch]:
         n, point = problem.n, state.at(problem)
         state.memory = [*state.memory, terms.lagrangian, terms.infeasibility, terms.stationarity][-3 * MEMORY :]
         past = [Terms(*state.memory[i : i + 3]) for i in range(0, len(state.memory), 3)]
@@ -348,23 +360,32 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
 
         start, step = (state.x, state.equality), (found.step[:n], found.step[n:])
         trial = search.run(problem, start, step, slope, good=good, correct=correct)
-        return trial, search.bent
+        if found.shift and trial is not None and trial.length == 1.0 and _barely_violated(point):
+            trial = search.extend(problem, start, step, slope, trial)
+        return trial, search
 
-    def _react(self, state: AdaSketchNewtonState, point: Point, trial: Trial | None, bent: bool) -> None:
+    def _react(self, state: AdaSketchNewtonState, point: Point, trial: Trial | None, search: LineSearch) -> None:
         """What follows from a step that was short, or found no point at all."""
-        assert self.atol is not None
         violation = float(largest(point.constraints))
         if trial is None:
-            if violation > self.atol:
+            if violation > self._smallest_violation(point):
                 self._restore(state, point)
             else:
                 state.verdict = Status.STALLED.name
             return
         state.short = state.short + 1 if trial.length <= SHORT_STEP else 0
-        if trial.length <= SHORT_STEP and bent and state.nu > SMALLEST_NU:
+        if search.outside:
+            state.short = 0
+        elif trial.length <= SHORT_STEP and search.bent and state.nu > SMALLEST_NU:
             state.nu, state.short = state.nu / NU_CUT, 0
         elif violation > BARELY_VIOLATED and (trial.length < TINY_STEP or state.short >= PATIENCE):
             self._restore(state, point)
+
+    def _smallest_violation(self, point: Point) -> float:
+        """What counts as none: atol, or the rounding of c, which is that of J x."""
+        assert self.atol is not None
+        rounding = ROUNDINGS * torch.finfo(point.x.dtype).eps * constraint_sizes(point).amax() * largest(point.x)
+        return max(self.atol, float(rounding))
 
     def _multipliers(self, state: AdaSketchNewtonState, merit: ExactAugmentedLagrangian, trial: Trial) -> Tensor:
         """Those of least squares where they lower M: a shifted system spoils its multipliers by the shift."""
@@ -372,12 +393,17 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         values = [merit.terms(trial.point, m).at(state.mu, state.nu) for m in (other, trial.multiplier)]
         return other if values[0] <= values[1] else trial.multiplier
 
+    def _limit_multipliers(self, n: int, point: Point, multiplier: Tensor, found: NewtonDirection) -> None:
+        """Keep the multipliers where G has lost rank and the step makes them huge: mu would have to outweigh that."""
+        d, change = found.step[:n], found.step[n:]
+        if bool(largest(multiplier + change) > LARGEST * largest(point.gradient).clamp(min=1.0)):
+            found.step = torch.cat([d, torch.zeros_like(change)])
+
     def _inconsistent(self, state: AdaSketchNewtonState, point: Point, found: NewtonDirection) -> bool:
-        assert self.atol is not None
         c, s = point.constraints, state.constraint_weights
         left = c + point.jacobian.flat_mv(found.step[: len(point.x)])
         sizes = [float(torch.linalg.vector_norm(s * v)) for v in (left, c)]
-        return float(largest(c)) > self.atol and not sizes[0] <= INCONSISTENT * sizes[1]
+        return float(largest(c)) > self._smallest_violation(point) and not sizes[0] <= INCONSISTENT * sizes[1]
 
     def _escape(
         self, problem: Lagrangian, state: AdaSketchNewtonState, merit: ExactAugmentedLagrangian, hessian: Any
@@ -398,28 +424,48 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         return {"step_length": length, "escape": curvature.value}
 
     def _restore(self, state: AdaSketchNewtonState, point: Point) -> None:
-        state.restoring, state.short, state.restoration_shift = True, 0, 0.0
-        state.target = PROGRESS * float(torch.linalg.vector_norm(state.constraint_weights * point.constraints))
+        state.restoring, state.short, state.damping, state.curved, state.since = True, 0, 0.0, False, 0
+        state.mark = float(torch.linalg.vector_norm(state.constraint_weights * point.constraints))
+        state.target = PROGRESS * state.mark
 
     def _feasibility(self, problem: Lagrangian, state: AdaSketchNewtonState) -> dict[str, float]:
         assert self.atol is not None
         point, weights = state.at(problem), state.constraint_weights
         found = feasibility_step(
-            problem, point, weights, self._finder(state), last=state.restoration_shift, rtol=self.relative
+            problem, point, weights, self._finder(state), damping=state.damping, curved=state.curved, rtol=self.relative
         )
-        state.restoration_shift = found.shift
-        values = {"step_length": found.length, "shift": found.shift, "linear_steps": found.linear_steps}
+        state.damping = found.damping
+        values = {"step_length": found.length, "shift": found.damping, "linear_steps": found.linear_steps}
         if found.point is None:
-            infeasible = found.stationary and float(largest(point.constraints)) > self.atol
-            finite = math.isfinite(found.stationarity)
-            status = Status.INFEASIBLE if infeasible else Status.STALLED if finite else Status.NONFINITE
-            state.verdict = status.name
+            self._judge(state, point, found)
             return values
         state.x, state.point = found.point.x, found.point
-        if float(torch.linalg.vector_norm(weights * found.point.constraints)) <= state.target:
-            state.restoring, state.memory, state.shift, state.mu = False, [], 0.0, self.mu
+        violation = float(torch.linalg.vector_norm(weights * found.point.constraints))
+        state.since += 1
+        if state.since == TRIED:
+            # Slow: the other model may see more, of a valley or of a saddle.
+            state.curved = state.curved != (violation > SLOW * state.mark)
+            state.mark, state.since = violation, 0
+        if violation <= state.target:
+            state.restoring, state.memory, state.shift = False, [], 0.0
+            state.mu = self.mu
             state.equality = least_squares_multipliers(found.point)
         return values
+
+    def _judge(self, state: AdaSketchNewtonState, point: Point, found: FeasibilityStep) -> None:
+        """The verdict where the weighted violation cannot be lowered; infeasible is what holds without weights."""
+        violated = float(largest(point.constraints)) > self._smallest_violation(point)
+        if not math.isfinite(found.stationarity):
+            state.verdict = Status.NONFINITE.name
+        elif violated and bool((state.constraint_weights != 1.0).any()):
+            state.constraint_weights = torch.ones_like(state.constraint_weights)
+            self._restore(state, point)
+        else:
+            state.verdict = (Status.INFEASIBLE if violated and found.stationary else Status.STALLED).name
+
+
+def _barely_violated(point: Point) -> bool:
+    return bool(largest(point.constraints) <= BARELY_VIOLATED * largest(point.x).clamp(min=1.0))
 
 
 def _scale(size: Tensor) -> Tensor:
@@ -435,4 +481,4 @@ def _default_solver(problem: Lagrangian, x: Tensor) -> LinearSolver:
         parts = point.jacobian, point.hessian(torch.zeros_like(point.constraints))
         if all(part.to_sparse() is not None for part in parts):
             return SparseLU()
-    return MINRES()
+    return ProbedKKT()

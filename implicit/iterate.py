@@ -77,9 +77,9 @@ class StepInfo:
     step: int
     seconds: float
     values: dict[str, float]
-    state: Any
+    state: Any = field(repr=False)
     max_steps: int | None
-    capture: Callable[[], dict[str, Any]]
+    capture: Callable[[], dict[str, Any]] = field(repr=False)
 
 
 Callback = Callable[[StepInfo], "bool | None"]

@@ -14,11 +14,11 @@ class Status(Enum):
     CONVERGED = "the requested accuracy was reached and checked"
     STEP_LIMIT = "max_steps was used up; raise max_steps, or start again from the solution"
     TIME_LIMIT = "time_limit was used up; raise time_limit, or resume from the checkpoint"
-    STOPPED = "stopped by a callback or by an interrupt; the last finite iterate is returned"
+    STOPPED = "stopped by a callback or by an interrupt; the best point known, else the last one, is returned"
     STALLED = "no further progress is possible at this precision; loosen rtol/atol, scale the problem, or use float64"
     NONFINITE = (
-        "an objective, gradient or iterate became NaN or infinite; the last finite iterate is returned. "
-        "Check the objectives near it, scale the data, or start closer"
+        "an objective, gradient or iterate became NaN or infinite; the best finite point known, else the last one, is "
+        "returned. Check the objectives near it, scale the data, or start closer"
     )
     INFEASIBLE = "the constraints could not be satisfied; the least infeasible point is returned"
     UNBOUNDED = (

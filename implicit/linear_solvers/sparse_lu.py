@@ -147,7 +147,7 @@ class SparseFactors:
         self.rcond, self.singular = 1.0, False
         if not self.finite or not matrix.shape[0]:
             return
-        scaled, self.left, self.right = _equilibrated(matrix)
+        scaled, self.left, self.right = equilibrated(matrix)
         self.singular = True
         try:
             self.factors = scipy.sparse.linalg.splu(scaled)
@@ -201,7 +201,7 @@ class SparseFactors:
         return 1.0 / size if np.isfinite(size) and size > 0 else 0.0
 
 
-def _equilibrated(matrix: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+def equilibrated(matrix: Any) -> tuple[Any, np.ndarray, np.ndarray]:
     """``R A C`` with the largest entries of rows and columns near one (Ruiz 2001), R and C being powers of two."""
     places = matrix.tocoo()
     rows, columns = places.coords
