@@ -19,7 +19,7 @@ from bilevel.catalogue import catalogue, overview
 from bilevel.request import Request, prepare, read_request
 from bilevel.targets import Target, describe_error, load_case, load_target, locate
 from bilevel.threads import chosen_threads
-from implicit import Progress, SaveCheckpoint, SolveError, StepInfo
+from implicit import Progress, SaveCheckpoint, SolveError, Status, StepInfo
 
 MISUSE, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -198,8 +198,6 @@ def _solve(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _execute(args: argparse.Namespace, argv: list[str], target: Target) -> int:
-    if args.device is not None and args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise Misuse(f"--device {args.device}: PyTorch sees no CUDA device here; use --device cpu")
     with _misuse(target.file):
         stored, checkpoint = read_request(args, target) if args.resume else (None, None)
         request = prepare(args, target, stored)
@@ -230,6 +228,9 @@ def _solve_request(
         solution, error = failure.solution, failure
         if solution is None:
             raise
+    if checkpoint is not None and solution.status is Status.STEP_LIMIT and solution.steps == opening.first:
+        done = f"nothing left to do: the run has used its {solution.steps:,} steps; raise --max-steps"
+        print(f"bilevel: note: {done}", file=sys.stderr)
     return _finish(request, args, argv, solution, error)
 
 
@@ -238,11 +239,11 @@ class _Opening:
 
     def __init__(self, request: Request, args: argparse.Namespace) -> None:
         self.request, self.args = request, args
-        self.done = False
+        self.done, self.first = False, 0
 
     def start(self, info: StepInfo) -> None:
         """Move an earlier run aside, keep the request, and say what is about to be solved."""
-        request = self.request
+        request, self.first = self.request, info.step
         try:
             moved = None if self.args.resume else report.move_aside(request.out)
             report.write_json(request.out / report.REQUEST, request.record())

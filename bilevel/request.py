@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import bilevel
 from bilevel import kinds, report
 from bilevel.kinds import KINDS, Job, Kind
@@ -93,6 +95,7 @@ def prepare(args: argparse.Namespace, target: Target, stored: dict[str, Any] | N
     own = {key: text for key, text in texts.items() if key.partition(".")[0] in ("case", *target.slots)}
     before = stored["texts"] if stored else {"case": {}, "algorithm": {}}
     case_texts = {**before["case"], **sort_keys(own, {"case": (target.label, target.slots)})["case"]}
+    _check_device(case_texts.get("device", ""))
     job = target.build(**arguments(case_texts, target.slots))
     _check_kind(args, target, job.kind, cls)
     base = job.kind.default(job.problem) if cls is None else cls()
@@ -144,6 +147,19 @@ def _from_flags(args: argparse.Namespace, target: Target) -> dict[str, str]:
             raise SettingError(f"{flag} {value} and --set {name}=... say the same thing twice; leave one out")
         found[f"case.{name}"] = str(value)
     return found
+
+
+def _check_device(text: str) -> None:
+    """Refuse a CUDA device that is not there, before anything is built on it."""
+    if not text.startswith("cuda"):
+        return
+    try:
+        index = torch.device(text).index or 0
+    except RuntimeError as error:
+        raise SettingError(f"device={text}: {error}; use --device cpu or --device cuda") from None
+    if index >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise SettingError(f"device={text}: PyTorch sees {found} here; use --device cpu")
 
 
 def _check_kind(args: argparse.Namespace, target: Target, kind: Kind, cls: type[Any] | None) -> None:

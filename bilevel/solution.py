@@ -1,8 +1,10 @@
 """What a solve returns."""
 
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
+from implicit import tree
 from implicit.status import Status
 from implicit.tree import Tree
 
@@ -38,7 +40,7 @@ class Accuracy:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """The outcome of :func:`bilevel.solve`.
 
@@ -71,7 +73,16 @@ class Solution:
     lower_value: float
     metrics: dict[str, float] = field(default_factory=dict)
     aux: dict[str, Any] = field(default_factory=dict)
-    checkpoint: dict[str, Any] = field(default_factory=dict, repr=False)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        x, y = (textwrap.shorten(tree.describe(part), 120, placeholder=" ...") for part in (self.x, self.y))
+        stationarity = self.accuracy.stationarity
+        known = "" if stationarity is None else f"stationarity={stationarity:.2g}, "
+        return (
+            f"Solution({self.status.name}, upper_value={self.upper_value:.8g}, {known}steps={self.steps}, "
+            f"x: {x}; y: {y})"
+        )
 
     @property
     def success(self) -> bool:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from constrained.augmented_function import Augmented
+from constrained.barrier import Sides
 from constrained.bound_newton import minimize_in_box, projected_gradient
 from constrained.lagrangian import Lagrangian, Point
 from constrained.method import ConstrainedMethod, ConstrainedState
 from constrained.residual import KKTResidual, measure, violation
+from constrained.rounding import excess
 from implicit import Dense, Status
 from implicit.iterate import Values
 from implicit.random import copy_generator
@@ -21,7 +23,7 @@ _PROBES = 8  # random vectors that estimate the norms of the constraints' gradie
 _DOUBT = 1e6  # growth of the penalty after which the constraints themselves are looked at
 _PATIENCE = 8  # steps in a row that neither lower the residual nor leave a minimization that falls
 _FALL = 1e-4  # of the value, which a minimization that needs more steps must fall by
-_DEPTH = 1e10  # by how much a value may fall in one minimization before it counts as unbounded
+_DEPTH = 1e16  # times the size of f and its slope at the start: a value as far below zero counts as unbounded
 
 
 @dataclass(kw_only=True)
@@ -35,6 +37,7 @@ class AugmentedState(ConstrainedState):
         radius: trust radius of the next minimization.
         progress: the infeasibility and complementarity measure at the last multiplier update.
         best: the smallest residual so far; ``idle`` counts steps in a row that got nowhere.
+        floor: a value below it counts as unbounded.
         examined: the penalties at which the constraints alone were last minimized.
     """
 
@@ -46,6 +49,7 @@ class AugmentedState(ConstrainedState):
     progress: float = math.inf
     best: float = math.inf
     idle: int = 0
+    floor: float
     examined: Tensor
 
 
@@ -118,18 +122,18 @@ class AugmentedLagrangian(ConstrainedMethod[AugmentedState]):
         resolved = super().resolve(problem, *start, max_steps=max_steps)
         if resolved.penalty is not None:
             return resolved
-        point = problem.at(_clip(problem, start[0].detach()))
+        point = _first_point(problem, start[0].detach())
         return replace(resolved, penalty=_first_penalty(problem, point) if point.finite else 10.0)
 
     def init(self, problem: Lagrangian, *start: Any, generator: torch.Generator | None = None) -> AugmentedState:
         """A state at the start, moved into the bounds; multipliers that are not given are zero."""
         assert self.atol is not None and self.penalty is not None, "resolve comes first"
-        x, given = _clip(problem, start[0].detach()).clone(), start[1] if len(start) > 1 else None
+        x0, given = start[0].detach(), start[1] if len(start) > 1 else None
         multipliers = given if given is not None else problem.flat_multipliers()
         equality, inequality, lower, upper = (v.clone() for v in multipliers)
         inequality = inequality.clamp(min=0)
-        point = problem.at(x)
-        finite = point.finite and bool(torch.isfinite(point.gradient).all())
+        point = _first_point(problem, x0)
+        x, finite = point.x.clone(), _differentiable(point)
         penalty = self.penalty / _row_norms(problem, point).square() if finite else torch.ones_like(point.constraints)
         return AugmentedState(
             x=x,
@@ -145,6 +149,7 @@ class AugmentedLagrangian(ConstrainedMethod[AugmentedState]):
             penalty=penalty,
             tolerance=_FIRST_TOLERANCE if problem.constraints else 0.5 * self.atol,
             radius=1.0 + float(torch.linalg.vector_norm(x)),
+            floor=_floor(problem, point) if finite else -math.inf,
             examined=penalty.clone(),
         )
 
@@ -171,7 +176,7 @@ class AugmentedLagrangian(ConstrainedMethod[AugmentedState]):
             scale=scale,
             radius=state.radius,
             max_steps=self.inner_steps,
-            floor=start.value - _DEPTH * max(1.0, abs(start.value)),
+            floor=state.floor,
         )
         assert isinstance(found.at, Augmented)
         if found.status is Status.UNBOUNDED:
@@ -226,9 +231,10 @@ class AugmentedLagrangian(ConstrainedMethod[AugmentedState]):
 
     def _examine(self, problem: Lagrangian, state: AugmentedState) -> None:
         """Minimize the violation alone: either it can be removed, and the run goes on there, or it cannot."""
+        assert self.atol is not None
         point, stationary = self._restore(problem, state.at(problem))
         remaining = float(violation(problem, point))
-        if stationary and remaining > self._feasible(point):
+        if stationary and excess(problem, point) > 1e2 * self.atol:
             state.verdict = Status.INFEASIBLE.name
         elif remaining > 0.5 * float(violation(problem, state.at(problem))):
             return
@@ -245,7 +251,7 @@ class AugmentedLagrangian(ConstrainedMethod[AugmentedState]):
             start,
             problem.lower,
             problem.upper,
-            tolerance=1e-2 * self.atol * min(1.0, size),
+            tolerance=1e-2 * self.atol * min(1.0, size) / max(1.0, float(point.x.abs().amax())),
             radius=1.0 + float(torch.linalg.vector_norm(point.x)),
             max_steps=self.inner_steps,
             floor=0.5 * (0.1 * self.atol) ** 2,
@@ -253,23 +259,19 @@ class AugmentedLagrangian(ConstrainedMethod[AugmentedState]):
         assert isinstance(found.at, Augmented)
         left = projected_gradient(found.at.x, found.at.gradient, problem.lower, problem.upper)
         # Near a degenerate feasible point J^T r vanishes too, but faster than r: hence a ratio.
-        small = float(left.abs().amax()) <= 1e2 * self.atol * float(found.at.multiplier.abs().amax())
+        # Slopes are small in large units of x: what counts is the change over a step of x's own size.
+        change = left * found.at.x.abs().clamp(min=1.0)
+        small = float(change.abs().amax()) <= 1e2 * self.atol * float(found.at.multiplier.abs().amax())
         return found.at.point, small
-
-    def _feasible(self, point: Point) -> float:
-        """What counts as satisfied: a hundred times atol, or the rounding of x where that is large."""
-        assert self.atol is not None
-        rounding = 10.0 * float(torch.finfo(point.x.dtype).eps) * float(point.x.abs().amax())
-        return max(1e2 * self.atol, rounding)
 
     def _descend(self, problem: Lagrangian, state: AugmentedState, far: Point) -> None:
         """L_rho has no minimum: neither has the problem if the point can be made feasible, else rho is too small."""
         assert self.atol is not None
-        low, before = float(far.objective), float(state.at(problem).objective)
+        low = min(float(far.objective), state.floor)
         point, stationary = self._restore(problem, far) if problem.constraints else (far, False)
-        remaining = float(violation(problem, point))
-        infeasible = stationary and remaining > 1e2 * self.atol
-        deep = remaining <= self._feasible(point) and float(point.objective) < min(0.5 * low, before - _DEPTH)
+        satisfied = excess(problem, point) <= 1e2 * self.atol
+        infeasible = stationary and not satisfied
+        deep = satisfied and float(point.objective) < 0.5 * low
         if infeasible or deep:
             state.x, state.point = point.x, point
             state.verdict = (Status.INFEASIBLE if infeasible else Status.UNBOUNDED).name
@@ -293,8 +295,29 @@ class AugmentedLagrangian(ConstrainedMethod[AugmentedState]):
         }
 
 
-def _clip(problem: Lagrangian, x: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(x, problem.lower), problem.upper)
+def _first_point(problem: Lagrangian, x0: Tensor) -> Point:
+    """The nearest point in the bounds; well inside them where the problem has no derivatives at that."""
+    x = torch.minimum(torch.maximum(x0, problem.lower), problem.upper)
+    point = problem.at(x)
+    if _differentiable(point):
+        return point
+    inside = Sides.between(problem.lower, problem.upper).inside(x)
+    return point if torch.equal(inside, x) else problem.at(inside)
+
+
+def _differentiable(point: Point) -> bool:
+    """Whether values, the gradient and the Jacobian are finite."""
+    if not (point.finite and bool(torch.isfinite(point.gradient).all())):
+        return False
+    pulled = point.jacobian.T @ torch.ones_like(point.constraints) if len(point.constraints) else point.gradient
+    return bool(torch.isfinite(pulled).all())
+
+
+def _floor(problem: Lagrangian, point: Point) -> float:
+    """A value that counts as unbounded; none where every variable has two bounds."""
+    if bool((torch.isfinite(problem.lower) & torch.isfinite(problem.upper)).all()):
+        return -math.inf
+    return -_DEPTH * max(1.0, abs(float(point.objective)), float(point.gradient.abs().amax()))
 
 
 def _row_norms(problem: Lagrangian, point: Point) -> Tensor:

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from constrained.batch.derivative import Conditions, Implicit, Solved, followed
+from constrained.batch.active import Solved, inspect
+from constrained.batch.derivative import Conditions, Implicit, followed
 from constrained.batch.elements import CODE, residual
 from constrained.batch.functions import BatchFunctions
 from constrained.batch.newton import BatchedNewton, BatchState, is_minimum
 from constrained.batch.solution import BatchSolution, describe
-from constrained.multipliers import Multipliers
+from constrained.multipliers import FlatMultipliers, Multipliers
 from constrained.problem import Problem
+from constrained.sets.base import check_fit
 from implicit import Run, SolveError, Status, runs, tree
 from implicit.iterate import Callback, iterate
 from implicit.tree import Tree
@@ -52,11 +54,17 @@ def solve_batch(
     Returns:
         The solution. Elements that fail do not raise: their status says how they ended, and they do not disturb the
         others. x and the multipliers are differentiable in the floating-point leaves of data and shared, in reverse
-        and forward mode and to any order, by the implicit function theorem: one batched linear solve per derivative.
+        and forward mode (not forward over forward) and to any order, by the implicit function theorem: one batched
+        linear solve per derivative. Constraints that depend on each other are left out of it as far as they do.
 
     Raises:
         TypeError, ValueError: for misuse, before the first step.
         SolveError: if a function of the problem raises after the first step, with ``.solution``.
+
+    Warns:
+        ConvergenceWarning: when differentiating, with the number of elements where there is no derivative: not
+            converged (NaN), a constraint without force that holds with equality, dependent active constraints that the
+            data may move apart, a solution that is not unique to first order.
 
     Example:
         >>> import torch, constrained
@@ -86,6 +94,7 @@ def solve_batch(
         raise TypeError("x0 is missing: where should the runs start?")
     _check(problem, x0, data, shared)
     start = tree.detach(x0)
+    _check_sides(problem, start)
     functions = BatchFunctions(problem, start, data, shared)
     chosen = method or BatchedNewton(**settings)
     chosen = (chosen if atol is None else replace(chosen, atol=atol)).resolve(functions)
@@ -93,6 +102,7 @@ def solve_batch(
 
     def run(leaves: Sequence[Tensor]) -> Solved:
         own = functions.using([leaf.detach() for leaf in leaves])
+        own.first().validate(own.like)
         ended.append(_run(own, chosen, start, checkpoint, max_steps, time_limit, listeners))
         return _solved(own, ended[0])
 
@@ -140,25 +150,9 @@ def _run(
 
 
 def _solved(functions: BatchFunctions, solution: BatchSolution) -> Solved:
-    """The active constraints are those whose multipliers are larger than their distances."""
     x = tree.ravel_batch(solution.x)
     flat = [tree.ravel_batch(v) if tree.leaves(v) else x[:, :0] for v in solution.multipliers]
-    equality, inequality, lower, upper = flat
-    gaps = -functions.values(x, functions.leaves).constraints[:, functions.equalities :]
-    below, above = x - functions.lower, functions.upper - x
-    fixed = functions.lower >= functions.upper
-    at_lower, at_upper = fixed | (lower > below), upper > above
-    room = [torch.where(fixed, torch.inf, gap.maximum(dual)) for gap, dual in ((below, lower), (above, upper))]
-    larger = torch.cat([gaps.maximum(inequality), *room], dim=1)
-    degenerate = (larger <= 2 * solution.method.atol**0.5).any(dim=1)
-    return Solved(
-        y=torch.cat([x, equality, inequality, upper - lower], dim=1),
-        active=inequality > gaps,
-        held=at_lower | at_upper,
-        bound=torch.where(at_lower, functions.lower, torch.where(at_upper, functions.upper, 0.0)),
-        converged=solution.converged,
-        degenerate=degenerate & solution.converged,
-    )
+    return inspect(functions, x, FlatMultipliers(*flat), solution.converged, solution.method.atol)
 
 
 def _attach(functions: BatchFunctions, solution: BatchSolution, y: Tensor) -> BatchSolution:
@@ -186,10 +180,12 @@ def _check(problem: Problem, x0: Tree, data: tuple[Tree, ...], shared: tuple[Tre
     leaves = tree.leaves(x0)
     if not leaves:
         raise ValueError("x0 holds no tensor")
+    if any(isinstance(leaf, Tensor) and leaf.dim() and not len(leaf) for leaf in leaves):
+        raise ValueError("x0 holds a batch of no elements: give at least one start")
     for path, leaf in zip(tree.paths(x0), leaves, strict=True):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             raise TypeError(f"x0{path} = {leaf!r}: give a floating-point tensor with a leading batch axis")
-        if leaf.dim() == 0 or len(leaf) != len(leaves[0]) or not len(leaf):
+        if leaf.dim() == 0 or len(leaf) != len(leaves[0]):
             raise ValueError(f"x0{path} has shape {tuple(leaf.shape)}: every leaf needs the same leading batch axis")
         if not bool(torch.isfinite(leaf).all()):
             raise ValueError(f"x0{path} is not finite: start from numbers")
@@ -206,6 +202,12 @@ def _check(problem: Problem, x0: Tree, data: tuple[Tree, ...], shared: tuple[Tre
                     f"data{path} has shape {tuple(leaf.shape)}, but the batch has {size} elements: give one row per "
                     "element, or pass it in shared"
                 )
+
+
+def _check_sides(problem: Problem, start: Tree) -> None:
+    one = tree.map(lambda leaf: leaf[0], start)
+    for side in ("lower", "upper"):
+        check_fit(side, getattr(problem, side), one, "x0 of one element")
 
 
 def _finish(

@@ -112,6 +112,8 @@ def minimize_in_box(
             return BoxMinimum(at, Status.UNBOUNDED, radius, steps)
         if steps == max_steps:
             break
+        if not math.isfinite(size):
+            return BoxMinimum(at, Status.NONFINITE, radius, steps)
         move, promised = _model_step(at, box, radius)
         length = float(torch.linalg.vector_norm(move))
         finite = finite and math.isfinite(promised)
@@ -182,11 +184,12 @@ def _cauchy_step(at: Expansion, box: _Box, radius: float) -> tuple[Tensor, Tenso
     clipped = box.clip(at.x + move) - at.x
     while bool((clipped != move).any()):
         # A step that bounds cut short is no multiple of the direction: its curvature must be asked for.
-        if float(torch.linalg.vector_norm(clipped - move)) <= _tiny(move):
+        # What is not a number must end the loop: hence the negated comparisons.
+        if not float(torch.linalg.vector_norm(clipped - move)) > _tiny(move):
             return clipped, curved
         curved = at.product(clipped)
         promise = float(gradient @ clipped)
-        if promise + 0.5 * float(clipped @ curved) <= _DECREASE * promise:
+        if not promise + 0.5 * float(clipped @ curved) > _DECREASE * promise:
             return clipped, curved
         length *= 0.25
         move = length * direction

@@ -7,7 +7,22 @@ import torch
 from torch import Tensor
 
 from constrained.kkt_system import KKTSystem
-from implicit import LDLT, MINRES, Dense, LinearOperator, LinearSolver, SparseLU, Status
+from implicit import (
+    CG,
+    GMRES,
+    LDLT,
+    LSMR,
+    LU,
+    MINRES,
+    Cholesky,
+    Dense,
+    LinearOperator,
+    LinearSolver,
+    Neumann,
+    NormalCG,
+    SparseLU,
+    Status,
+)
 from implicit.linear_solvers.dense import DenseSolver
 from implicit.tree import Tree
 
@@ -18,6 +33,27 @@ DENSE_IF_SPARSE = 400
 REFINEMENTS = 4
 MINRES_STEPS = 5_000
 EQUILIBRATIONS = 6
+
+
+def require_kkt_solver(solver: Any) -> None:
+    """Refuse what cannot solve KKT systems; None stands for a choice by size.
+
+    Raises:
+        TypeError: if it is no linear solver.
+        ValueError: if it needs definite matrices.
+    """
+    if solver is None:
+        return
+    if not isinstance(solver, LinearSolver):
+        known = {cls.__name__.lower(): cls for cls in (LDLT, LU, MINRES, GMRES, LSMR, NormalCG, SparseLU)}
+        name = solver if isinstance(solver, str) else getattr(solver, "__name__", "")
+        cls = known.get(name.lower(), MINRES)
+        raise TypeError(f"linear_solver must be such as implicit.{cls.__name__}(), or None; got {solver!r}")
+    if isinstance(solver, CG | Cholesky | Neumann):
+        raise ValueError(
+            f"linear_solver={type(solver).__name__}(): KKT matrices are indefinite, and it needs definite ones: use "
+            "implicit.MINRES() or implicit.LDLT()"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +81,7 @@ class InertiaCorrection:
         curvature: of the step, relative to its square, that is asked from solvers without inertia.
 
     Raises:
+        TypeError, ValueError: if ``linear_solver`` is none, or needs definite matrices.
         ValueError: if a factor or a limit has the wrong sign or order.
     """
 
@@ -59,6 +96,7 @@ class InertiaCorrection:
     curvature: float = 1e-10
 
     def __post_init__(self) -> None:
+        require_kkt_solver(self.linear_solver)
         if not 0 < self.smallest <= self.first <= self.largest:
             raise ValueError(
                 "the limits must be ordered 0 < smallest <= first <= largest, got "

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from constrained.barrier import BarrierModel, Evaluation, ScaledEvaluation, ScaledProblem
 from constrained.barrier_step import BarrierState, Direction, NewtonStep, Trial, barrier_error, violation
-from constrained.inertia import InertiaCorrection
+from constrained.inertia import InertiaCorrection, require_kkt_solver
 from constrained.interior_start import begin, begin_warm, least_squares, shrink_multipliers
 from constrained.lagrangian import Lagrangian
 from constrained.method import ConstrainedMethod, ConstrainedState, smallest_curvature
 from constrained.residual import measure
 from constrained.residual import violation as largest_violation
 from constrained.restoration import LeastSquares, Restoration, RestorationModel, begin_l1, begin_squares, leave
+from constrained.rounding import excess
 from implicit import LinearSolver, Status
 from implicit.iterate import Values
 
@@ -29,10 +30,9 @@ SOFT_STEPS = 10
 VISITS = 50
 SMALL_STEP = 1e-12
 SMALL_STEPS = 15
-UNBOUNDED = 1e12
+UNBOUNDED = 1e16
 NO_INTERIOR = 1e8
 STATIONARY = 1e-8
-ROUNDING = 10.0
 POLISHING = 5
 
 MAIN, L1, SQUARES = 0, 1, 2
@@ -86,12 +86,13 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
     kept strictly inside the bounds, and accepted by a filter: it must improve on every pair (violation, barrier value)
     met so far in one of the two. mu shrinks superlinearly as its problems are solved. Second-order corrections,
     shifts of the Hessian (:class:`constrained.inertia.InertiaCorrection`), and two restoration phases, towards the
-    least absolute and then the least squared violation, do the rest. Functions are evaluated inside the bounds only,
-    but for a margin of ``atol / 2`` where bounds and constraints leave no interior.
+    least absolute and then the least squared violation, do the rest. After x0 has been checked, functions are
+    evaluated within the bounds only, but for a margin of ``atol / 2`` where bounds and constraints leave no interior.
 
     The run ends CONVERGED on the unscaled KKT residual; INFEASIBLE at a stationary point of the sum of squared
-    violations within the bounds; UNBOUNDED where the objective has fallen by twelve orders of magnitude more than its
-    size at the start over feasible points; STALLED where rounding hides all progress, as at kinks.
+    violations within the bounds; UNBOUNDED where some variable lacks a bound and the objective has fallen by sixteen
+    orders of magnitude more than its size at the start, over feasible points; STALLED where rounding hides all
+    progress, as at kinks.
 
     Args:
         atol: the largest :class:`constrained.KKTResidual` that counts as solved; None means 1e-8 in float64 and 1e-4
@@ -123,8 +124,7 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.linear_solver is not None and not isinstance(self.linear_solver, LinearSolver):
-            raise TypeError(f"linear_solver must be such as implicit.LDLT(), or None; got {self.linear_solver!r}")
+        require_kkt_solver(self.linear_solver)
         if not 0 < self.barrier < float("inf"):
             raise ValueError(f"barrier must be positive, got {self.barrier!r}")
         if not 0 < self.decrease < 1:
@@ -144,6 +144,7 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
         main.filter.limit(violation(evaluation))
         size, k, m = model.size, len(main.z), model.m
         zeros = torch.zeros_like(x0)
+        compact = bool((torch.isfinite(problem.lower) & torch.isfinite(problem.upper)).all())
         state = InteriorPointState(
             x=evaluation.point.x,
             equality=x0.new_zeros(problem.equalities),
@@ -156,7 +157,7 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
             inner=_blank(x0, size + 2 * m, m, k + 2 * m),
             squares=_blank(x0, size + m, m, k),
             reference=x0.new_zeros(size),
-            floor=-UNBOUNDED * _magnitude(evaluation),
+            floor=-torch.inf if compact else -UNBOUNDED * _magnitude(evaluation),
         )
         state.verdict = "" if evaluation.finite else "NONFINITE"
         self._publish(problem, model, state, evaluation)
@@ -208,10 +209,10 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
 
     def _advance(self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState) -> Trial | None:
         """A step of the problem itself; None where a restoration phase is due instead."""
+        assert self.atol is not None
         main, evaluation = state.main, self._evaluation(problem, model, state)
-        feasible = float(largest_violation(problem, evaluation.point)) <= self._tolerance(evaluation)
         if float(evaluation.point.objective) < state.floor:
-            if feasible:
+            if excess(problem, evaluation.point) <= self.atol:
                 state.verdict = "UNBOUNDED"
             else:
                 self._begin_phase(state, evaluation, NewtonStep(model, evaluation, main))
@@ -257,9 +258,12 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
     ) -> None:
         """Where no step is accepted: restore feasibility, or stop where there is nothing to restore."""
         assert self.atol is not None
-        if newton.broken:
+        if newton.broken and not _differentiable(newton):
             state.verdict = "NONFINITE"
-        elif float(largest_violation(problem, evaluation.point)) <= 0.1 * self.atol or state.visits >= VISITS:
+            return
+        # Rounding, and a margin that the bounds were given, are nothing to restore.
+        allowed = max(0.1 * self.atol, state.margin)
+        if not model.m or excess(problem, evaluation.point) <= allowed or state.visits >= VISITS:
             state.verdict = "STALLED"
         else:
             self._begin_phase(state, evaluation, newton)
@@ -283,7 +287,7 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
         if self._update_barrier(phase, evaluation, iterate, least):
             phase = self._phase(model, state)
             evaluation = phase.around(base, iterate.w)
-        if barrier_error(phase, evaluation, iterate, 0.0) <= self._stationary(iterate):
+        if _phase_error(phase, evaluation, iterate) <= self._stationary(iterate):
             self._end_phase(problem, model, state, base)
             return None, iterate
         newton = NewtonStep(phase, evaluation, iterate)
@@ -329,7 +333,8 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
         self, problem: Lagrangian, model: ScaledProblem, state: InteriorPointState, found: ScaledEvaluation
     ) -> None:
         """Where a phase has converged or can do no more: go on to the next, back to the problem, or stop."""
-        if float(largest_violation(problem, found.point)) <= self._tolerance(found):
+        assert self.atol is not None
+        if excess(problem, found.point) <= self.atol:
             state.main.filter.reset()
             self._leave(problem, model, state, found)
         elif state.phase == L1:
@@ -337,15 +342,9 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
             begin_squares(LeastSquares(model), found, state.squares)
         else:
             phase = LeastSquares(model)
-            error = barrier_error(phase, phase.around(found, state.squares.w), state.squares, 0.0)
+            error = _phase_error(phase, phase.around(found, state.squares.w), state.squares)
             certain = error <= 1e3 * self._stationary(state.squares)
             state.verdict = "INFEASIBLE" if certain else "STALLED"
-
-    def _tolerance(self, evaluation: Evaluation) -> float:
-        """What counts as feasible at points of this size."""
-        assert self.atol is not None
-        x = evaluation.point.x
-        return self.atol + ROUNDING * torch.finfo(x.dtype).eps * float(x.abs().amax())
 
     def _update_barrier(self, model: BarrierModel, evaluation: Evaluation, state: BarrierState, least: float) -> bool:
         """Lower mu while its problem is solved; whether it changed. Below ``least`` only if that was not enough."""
@@ -402,6 +401,27 @@ def _magnitude(evaluation: ScaledEvaluation) -> float:
     """The size of f and its slope where the run begins."""
     point = evaluation.point
     return max(1.0, abs(float(point.objective)), float(point.gradient.abs().amax())) if evaluation.finite else 1.0
+
+
+def _differentiable(newton: NewtonStep) -> bool:
+    """Whether all derivatives are numbers: a system of them may overflow where gaps are below rounding."""
+    model, evaluation = newton.model, newton.evaluation
+    ones = torch.ones_like(evaluation.constraints)
+    bent = evaluation.hessian(ones) @ torch.ones_like(evaluation.w[: model.n])
+    return all(bool(torch.isfinite(v).all()) for v in (evaluation.gradient, model.pull(evaluation, ones), bent))
+
+
+def _phase_error(phase: RestorationModel, evaluation: Evaluation, state: BarrierState) -> float:
+    """The residual of a phase's conditions, each slope times the size of its variable.
+
+    In large units of x slopes are small everywhere: what counts is the change over a step of x's own size.
+    """
+    error = barrier_error(phase, evaluation, state, 0.0)
+    if not phase.n:
+        return error
+    dual = phase.lagrangian_gradient(evaluation, state.y, state.z)[: phase.n]
+    change = float((dual * state.w[: phase.n].abs().clamp(min=1.0)).abs().amax())
+    return max(error, change) if change == change else change
 
 
 def _blank(like: Tensor, size: int, m: int, k: int) -> BarrierState:

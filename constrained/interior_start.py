@@ -37,13 +37,19 @@ def scales(lagrangian: Lagrangian, point: Point) -> Tensor:
     return torch.clamp(STEEP / slopes.clamp(min=STEEP), min=SMALLEST_SCALE)
 
 
+def clip(lagrangian: Lagrangian, x: Tensor) -> Tensor:
+    """The nearest point within the bounds."""
+    return torch.minimum(torch.maximum(x, lagrangian.lower), lagrangian.upper)
+
+
 def begin(lagrangian: Lagrangian, x0: Tensor, barrier: float) -> tuple[ScaledProblem, ScaledEvaluation, BarrierState]:
-    """Scales from x0, the nearest point well inside the bounds, and least-squares multipliers there."""
+    """Scales from x0 moved into the bounds, the nearest point well inside them, and a state there."""
     plain = ScaledProblem(lagrangian, x0.new_ones(1 + lagrangian.constraints))
     slacks = x0.new_ones(lagrangian.inequalities)
     u = plain.sides.inside(torch.cat([x0[plain.free], slacks]))[: plain.n]
     point = lagrangian.at(plain.x(u))
-    first = point if torch.equal(point.x, x0) else lagrangian.at(x0)
+    nearest = clip(lagrangian, x0)
+    first = point if torch.equal(point.x, nearest) else lagrangian.at(nearest)
     model = ScaledProblem(lagrangian, scales(lagrangian, first if first.finite else point))
     slacks = -(model.constraint_scale * point.constraints)[lagrangian.equalities :]
     w = model.sides.inside(torch.cat([u, torch.nan_to_num(slacks)]))
@@ -56,6 +62,7 @@ def begin_warm(
     lagrangian: Lagrangian, x0: Tensor, given: FlatMultipliers, least: float, most: float
 ) -> tuple[ScaledProblem, ScaledEvaluation, BarrierState]:
     """A start next to x0 and the given multipliers, with as small a barrier as their KKT residual allows."""
+    x0 = clip(lagrangian, x0)
     point = lagrangian.at(x0)
     model = ScaledProblem(lagrangian, scales(lagrangian, point))
     residual = float(measure(lagrangian, point, given).amax()) if point.finite else most

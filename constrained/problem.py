@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from constrained.sets.base import Bound, check_fit, check_values, spread
+from constrained.sets.base import Bound, check_fit, check_values, not_a_tensor, spread
 from implicit import tree
 from implicit.derivatives import require_scalar
 from implicit.tree import Tree
@@ -189,9 +189,10 @@ def _check_point(x0: Tree, name: str) -> None:
         raise ValueError(f"{name} holds no tensor")
     for path, leaf in zip(tree.paths(x0), leaves, strict=True):
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name}{path} = {leaf!r}: give a floating-point tensor")
+            raise not_a_tensor(f"{name}{path}", leaf, "give a floating-point tensor")
         if not leaf.is_floating_point():
-            raise TypeError(f"{name}{path} has dtype {leaf.dtype}: convert it to a real floating dtype")
+            cure = "" if leaf.is_complex() else f", such as {name}{path}.double()"
+            raise TypeError(f"{name}{path} has dtype {leaf.dtype}: convert it to a real floating dtype{cure}")
         if not bool(torch.isfinite(leaf).all()):
             raise ValueError(f"{name}{path} is not finite: start from numbers")
         if leaf.device != leaves[0].device:

@@ -48,7 +48,8 @@ def solve_qp(
             solution, ``(n,)``, of which the rows that hold with equality are. It saves time and does not change the
             answer where that is unique.
         atol: what the three residuals of :class:`constrained.KKTResidual` must not exceed; 1e-8 in float64 and 1e-4 in
-            float32 by default. Rounding of large numbers is allowed for.
+            float32 by default. Rounding of large numbers is allowed for, and where all right-hand sides (of rows of
+            length one) are below one, feasibility and complementarity have to be smaller by the largest of them.
         max_steps: of the interior-point method; it usually needs 8 to 25.
         raise_on_failure: whether an element that is infeasible, unbounded or not finite raises.
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 import torch
-from scipy.optimize import Bounds, HessianUpdateStrategy, LinearConstraint, NonlinearConstraint
+from scipy.optimize import BFGS, Bounds, HessianUpdateStrategy, LinearConstraint, NonlinearConstraint
 from torch import Tensor
 
 from constrained.lagrangian import Lagrangian, Point
@@ -29,7 +29,7 @@ def from_scipy(
     hess: Any = None,
     bounds: Any = None,
     constraints: Any = (),
-    args: tuple[Any, ...] = (),
+    args: Any = (),
     finite_differences: bool = False,
 ) -> ConstrainedProblem:
     """The problem of a call ``scipy.optimize.minimize(fun, x0, jac=..., constraints=...)``, over vectors x.
@@ -45,9 +45,10 @@ def from_scipy(
         hess: its Hessian, a matrix of any kind.
         bounds: a ``Bounds`` object, or a pair (low, high) for every entry, None being no bound.
         constraints: one or several of ``LinearConstraint``, ``NonlinearConstraint``, and dicts with "type", "fun" and
-            optionally "jac" and "args". **Dict constraints of type "ineq" mean fun(x) >= 0**, the opposite of
+            optionally "jac", "hess" (of x and v: the Hessian of ``<v, fun>``, as in ``NonlinearConstraint``), "args",
+            which all three get last. **Dict constraints of type "ineq" mean fun(x) >= 0**, the opposite of
             ``c(x) <= 0`` here: they become ``c = -fun``.
-        args: further arguments of ``fun``, ``jac`` and ``hess``.
+        args: further arguments of ``fun``, ``jac`` and ``hess``: a tuple, or a single one.
         finite_differences: take functions without derivatives as numpy functions and difference them, and gradients
             without Hessians too: about 10 and 6 digits.
 
@@ -58,7 +59,9 @@ def from_scipy(
 
     Raises:
         TypeError: for quasi-Newton Hessians, which these methods do not use, and what is no constraint.
-        ValueError: for bounds of the wrong length, and dicts of another type.
+        ValueError: for constraints with ``lb > ub`` or none but infinite values between them, dicts of another type,
+            and, once x0 is known, bounds that cross or do not broadcast to x; a single pair bounds all entries, as in
+            scipy.
 
     Example:
         >>> import constrained, torch
@@ -69,7 +72,7 @@ def from_scipy(
         >>> round(float(found.x[0]), 3), round(float(found.multipliers.inequality[0]), 3)
         (2.0, 4.0)
     """
-    objective = _piece("fun", fun, jac, hess, args, finite_differences, scalar=True)
+    objective = _piece("fun", fun, jac, hess, _as_tuple(args), finite_differences, scalar=True)
     rows = [_rows(c, i, finite_differences) for i, c in enumerate(_as_list(constraints))]
     equal, unequal = [r for r in rows if r.equal.any()], [r for r in rows if r.sided.any()]
     outside = not objective.graph or any(not r.piece.graph for r in rows)
@@ -184,27 +187,45 @@ def _as_list(constraints: Any) -> list[Any]:
 def _rows(constraint: Any, index: int, finite_differences: bool) -> _Rows:
     name = f"constraints[{index}]"
     if isinstance(constraint, LinearConstraint):
-        return _Rows(_linear(constraint.A), *_sides(constraint.lb, constraint.ub))
+        return _Rows(_linear(constraint.A), *_sides(name, constraint.lb, constraint.ub))
     if isinstance(constraint, NonlinearConstraint):
         jac, hess = constraint.jac, constraint.hess
         if isinstance(hess, HessianUpdateStrategy) and (finite_differences or isinstance(jac, str)):
             hess = None  # scipy's own default where none is given
+        if type(hess) is BFGS and not isinstance(jac, str):
+            raise TypeError(
+                f"hess of {name} is missing (scipy then takes BFGS(), which the methods here do not use): give a "
+                "function (x, v), write the function in torch and leave jac out, or pass finite_differences=True"
+            )
         piece = _piece(f"{name}.fun", constraint.fun, jac, hess, (), finite_differences, scalar=False)
-        return _Rows(piece, *_sides(constraint.lb, constraint.ub))
+        return _Rows(piece, *_sides(name, constraint.lb, constraint.ub))
     if not isinstance(constraint, dict):
         raise TypeError(
             f"{name} is a {type(constraint).__name__}: give a LinearConstraint, a NonlinearConstraint or a dict"
         )
     kind = constraint.get("type")
+    kind = kind.lower() if isinstance(kind, str) else kind
     if kind not in ("eq", "ineq") or "fun" not in constraint:
         raise ValueError(f"{name} = {constraint!r}: a dict needs 'fun' and 'type', which is 'eq' or 'ineq'")
-    given = tuple(constraint.get("args", ()))
-    piece = _piece(f"{name}['fun']", constraint["fun"], constraint.get("jac"), None, given, finite_differences, False)
-    return _Rows(piece, *_sides(0.0, 0.0 if kind == "eq" else np.inf))
+    args = constraint.get("args", ())
+    given = tuple(args) if isinstance(args, list) else _as_tuple(args)  # scipy unpacks a list here, but not in args
+    jac, hess = constraint.get("jac"), constraint.get("hess")
+    piece = _piece(f"{name}['fun']", constraint["fun"], jac, hess, given, finite_differences, scalar=False)
+    return _Rows(piece, *_sides(name, 0.0, 0.0 if kind == "eq" else np.inf))
 
 
-def _sides(low: Any, high: Any) -> tuple[np.ndarray, np.ndarray]:
+def _as_tuple(args: Any) -> tuple[Any, ...]:
+    return args if isinstance(args, tuple) else (args,)
+
+
+def _sides(name: str, low: Any, high: Any) -> tuple[np.ndarray, np.ndarray]:
     found = np.broadcast_arrays(np.atleast_1d(np.asarray(low, float)), np.atleast_1d(np.asarray(high, float)))
+    wrong = ~(found[0] <= found[1]) | (found[0] == np.inf) | (found[1] == -np.inf)
+    if wrong.any():
+        raise ValueError(
+            f"{name} has lb = {low} and ub = {high}, which no value satisfies in {int(wrong.sum())} rows: give "
+            "lb <= ub, with lb = -inf or ub = inf for no bound"
+        )
     return found[0], found[1]
 
 
@@ -247,10 +268,16 @@ def _piece(
     if hess is None:
         weighted = None
     elif scalar:
-        weighted = lambda x, v: hess(x, *args) * v[0]  # noqa: E731
+        weighted = lambda x, v: _matrix_like(hess(x, *args)) * v[0]  # noqa: E731
     else:
-        weighted = hess
+        weighted = lambda x, v: _matrix_like(hess(x, v, *args))  # noqa: E731
     return numpy_piece(bound(fun), bound(jac), weighted)
+
+
+def _matrix_like(found: Any) -> Any:
+    """What can be scaled: nested lists become an array."""
+    kept = scipy.sparse.issparse(found) or isinstance(found, scipy.sparse.linalg.LinearOperator)
+    return found if kept else np.asarray(found, float)
 
 
 def _bounds(bounds: Any) -> tuple[Tensor | None, Tensor | None]:

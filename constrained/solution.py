@@ -1,15 +1,17 @@
 """What a solve returns."""
 
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
 from constrained.multipliers import Multipliers
 from constrained.residual import KKTResidual
+from implicit import tree
 from implicit.status import Status
 from implicit.tree import Tree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """The outcome of :func:`constrained.solve`.
 
@@ -42,7 +44,14 @@ class Solution:
     history: list[dict[str, float]]
     steps: int
     seconds: float
-    checkpoint: dict[str, Any] = field(default_factory=dict, repr=False)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        x = textwrap.shorten(tree.describe(self.x), 120, placeholder=" ...")
+        return (
+            f"Solution({self.status.name}, objective={self.objective:.8g}, residual={self.residual.largest:.2g}, "
+            f"steps={self.steps}, x: {x})"
+        )
 
     @property
     def success(self) -> bool:

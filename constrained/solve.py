@@ -127,9 +127,9 @@ def _begin(
     generator: torch.Generator,
     max_steps: int | None,
 ) -> tuple[Lagrangian, ConstrainedMethod[Any], Run[Any]]:
+    chosen = _with_atol(_require_method(method, problem), atol)
     if x0 is None:
         raise TypeError("x0 is missing: where should the run start?")
-    chosen = _with_atol(_require_method(method, problem), atol)
     reason = chosen.refuses(problem)
     if reason is not None:
         raise ValueError(reason)
@@ -158,6 +158,12 @@ def _require_method(method: Any, problem: Problem) -> ConstrainedMethod[Any]:
         return method
     if isinstance(method, type) and issubclass(method, ConstrainedMethod):
         raise TypeError(f"method must be an object, not the class: {method.__name__}()")
+    if hasattr(method, "__array__") or isinstance(method, list | tuple | dict):
+        raise TypeError("the second argument is the method; write constrained.solve(problem, x0=...)")
+    if isinstance(method, str):
+        named = [name for name in methods() if name.lower() == method.lower()]
+        if named:
+            raise TypeError(f"method must be an object, not its name {method!r}: constrained.{named[0]}()")
     raise TypeError(f"method must be such as constrained.InteriorPoint(), got {method!r}")
 
 

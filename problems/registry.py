@@ -76,8 +76,8 @@ def entry(name: str) -> Entry:
     close = difflib.get_close_matches(plain(name), known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ValueError(
-        f"unknown case {name!r}{hint} Known: {', '.join(sorted(entries()))}; and the {len(entries('constrained'))} "
-        "constrained problems of problems.entries('constrained')"
+        f"unknown case {name!r}{hint} Known: {', '.join(sorted(entries()))}; and {len(entries('constrained'))} "
+        "constrained problems: `bilevel list` in a shell, list(problems.entries('constrained')) in Python, names them"
     )
 
 

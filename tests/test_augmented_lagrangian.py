@@ -420,3 +420,46 @@ def test_the_safeguard_clips_multipliers_inside_but_not_in_the_solution() -> Non
     assert found.success
     assert float(found.multipliers.equality) == pytest.approx(-50, rel=1e-6)
     assert max(row["penalty"] for row in found.history) >= 1e6, "a quadratic penalty does what the multiplier may not"
+
+
+def test_wide_boxes_and_deep_wells_are_not_unbounded() -> None:
+    for upper in (1e11, 1e13, 1e18):
+        wide = ConstrainedProblem(objective=lambda x: -x.sum(), lower=0.0, upper=upper)
+        assert solve(wide, [0.0, 0.0]).x.tolist() == [upper, upper]
+    well = ConstrainedProblem(objective=lambda x: (1e-12 * x**4 - x**2).sum())
+    assert solve(well, [1e-3]).fun == pytest.approx(-2.5e11)
+
+
+def test_large_units_of_x_do_not_make_a_feasible_problem_infeasible() -> None:
+    """Example of Waechter and Biegler (2000) in units of 1e8, where J^T r is small everywhere."""
+    unit = 1e8
+
+    def rows(x: Tensor) -> Tensor:
+        u = x / unit
+        return torch.stack([u[0] ** 2 - u[1] - 1, u[0] - u[2] - 0.5])
+
+    problem = ConstrainedProblem(objective=lambda x: x[0] / unit, equality=rows, lower=torch.tensor([-INF, 0.0, 0.0]))
+    found = solve(problem, [-2 * unit, 3 * unit, unit], raise_on_failure=False)
+    assert found.status is not Status.INFEASIBLE, found.message
+    # The part alone: at the start the slope of the squared violation is below 1e-6 of the violation, and no minimum.
+    x = unit * torch.tensor([-2.0, 3.0, 1.0])
+    lagrangian = Lagrangian(problem, x)
+    method = AugmentedLagrangian(atol=1e-8, inner_steps=1)
+    point, stationary = method._restore(lagrangian, lagrangian.at(x))
+    assert float(point.constraints.abs().max()) > 0.1 and not stationary
+
+
+@pytest.mark.parametrize(
+    ("objective", "inequality", "expected"),
+    [
+        (lambda x: (x - x.log()).sum(), None, 1.0),
+        (lambda x: (x**2).sum(), lambda x: 1 - x.sqrt().sum(), 0.25),
+    ],
+)
+def test_a_start_where_the_bound_has_no_derivatives_moves_inside(
+    objective: Any, inequality: Any, expected: float
+) -> None:
+    """The logarithm has no value at zero, the root no slope; x = 0 and points below it are starts all the same."""
+    problem = ConstrainedProblem(objective=objective, inequality=inequality, lower=0.0)
+    found = solve(problem, [0.0, 0.0])
+    torch.testing.assert_close(found.x, torch.full((2,), expected), rtol=0, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,11 @@ def test_a_few_slow_elements_do_not_cost_the_whole_batch() -> None:
     [
         ({"lower": 0.0}, [3.0, 1.0], [1.0, 0.0]),
         ({"upper": 0.5}, [-3.0, -1.0], [0.5, -2.0]),
-        ({"lower": torch.tensor([0.25, -5.0]), "upper": torch.tensor([0.25, 5.0])}, [0.0, 0.0], [0.25, -2.0]),
+        (
+            {"lower": torch.tensor([0.25, -5.0]).double(), "upper": torch.tensor([0.25, 5.0]).double()},
+            [0.0, 0.0],
+            [0.25, -2.0],
+        ),
         ({"lower": 0.0, "upper": 0.5}, [9.0, 9.0], [0.5, 0.0]),
     ],
     ids=["lower", "upper", "fixed", "box"],
@@ -248,7 +253,7 @@ HARD: list[tuple[str, dict[str, Any], list[float], float, int]] = [
         {
             "objective": lambda x, t: x[0],
             "equality": lambda x, t: torch.stack([x[0] ** 2 - x[1] - 1, x[0] - x[2] - 2]),
-            "lower": torch.tensor([-torch.inf, 0.0, 0.0]),
+            "lower": torch.tensor([-torch.inf, 0.0, 0.0]).double(),
         },
         [-4.0, 1.0, 1.0],
         2.0,
@@ -462,7 +467,7 @@ CURVED = ConstrainedProblem(
 
 
 def curved(p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
-    found = solve_batch(CURVED, torch.full((4, 3), 0.3), p, shared=q, atol=1e-11)
+    found = solve_batch(CURVED, torch.full((len(p), 3), 0.3), p, shared=q, atol=1e-11)
     return found.x, found.multipliers.equality, found.multipliers.inequality, found.multipliers.lower, found.objective
 
 
@@ -479,14 +484,29 @@ def test_the_cases_of_the_derivatives_cover_active_and_inactive_constraints() ->
         assert bool((dual < 1e-6).any())
 
 
-def test_first_derivatives_in_both_modes() -> None:
-    p, q = (v.requires_grad_() for v in points())
-    assert torch.autograd.gradcheck(curved, (p, q), eps=1e-6, atol=1e-5, check_forward_ad=True)
+def part(number: int) -> tuple[Tensor, Tensor]:
+    """One element in every entry of x, with the parameters that it does not share."""
+    return points()[0][number : number + 1].requires_grad_(), points()[1].requires_grad_()
 
 
-def test_second_derivatives() -> None:
-    p, q = (v.requires_grad_() for v in points())
-    assert torch.autograd.gradgradcheck(lambda p, q: curved(p, q)[:2], (p, q), eps=1e-6, atol=1e-4)
+@pytest.mark.parametrize("number", range(4))
+def test_first_derivatives_in_both_modes(number: int) -> None:
+    """Every output in random directions, forward and reverse."""
+    assert torch.autograd.gradcheck(
+        curved, part(number), eps=1e-6, atol=1e-5, check_forward_ad=True, fast_mode=True, check_undefined_grad=False
+    )
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_second_derivatives(number: int) -> None:
+    assert torch.autograd.gradgradcheck(
+        lambda p, q: curved(p, q)[:2],
+        part(number),
+        eps=1e-6,
+        atol=1e-4,
+        fast_mode=True,
+        check_undefined_grad=False,
+    )
 
 
 def test_transforms_agree() -> None:
@@ -530,6 +550,158 @@ def test_undefined_derivatives_are_named() -> None:
     assert float(slope[1]) == 0.0
 
 
+BOWL = {"objective": lambda x, p: ((x - p) ** 2).sum()}
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 3.0, 1e5])
+@pytest.mark.parametrize("kind", ["equality", "inequality"])
+def test_dependent_constraints_have_the_derivatives_of_independent_ones(kind: str, factor: float) -> None:
+    """Onto the line <a, x> = 1 the projection has the Jacobian ``I - a a^T / |a|^2``, however often it is written."""
+    a = torch.tensor([0.7, 1.0])
+    doubled: Any = {kind: lambda x, p: torch.stack([a @ x - 1, factor * (a @ x - 1)])}
+    problem = ConstrainedProblem(**BOWL, **doubled)
+    p, x0 = torch.tensor([[2.0, 1.5], [3.0, 1.0]]), torch.zeros(2, 2)
+
+    def x(p: Tensor) -> Tensor:
+        return solve_batch(problem, x0, p).x[1]
+
+    expected = torch.eye(2) - torch.outer(a, a) / (a @ a)
+    for mode in (torch.func.jacrev, torch.func.jacfwd):
+        found = mode(x)(p)
+        assert torch.allclose(found[:, 1], expected, atol=1e-7)
+        assert float(found[:, 0].abs().amax()) == 0.0
+    second = torch.func.jacfwd(torch.func.jacrev(x))(p)
+    assert float(second.abs().amax()) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("limits", "p"),
+    [
+        ({"inequality": lambda x, p: torch.stack([x[0] - 1, x[1] - 1, x.sum() - 2])}, [3.0, 2.5]),
+        ({"inequality": lambda x, p: x - 1, "upper": 1.0}, [3.0, 2.5]),
+        ({"inequality": lambda x, p: torch.stack([x[0] - 1, x[1] - 1, 0 * x[0]])}, [3.0, 2.5]),
+    ],
+    ids=["vertex", "twice", "no gradient"],
+)
+def test_an_overdetermined_vertex_does_not_move(limits: dict[str, Any], p: list[float]) -> None:
+    point = torch.tensor([p])
+    for mode in (torch.func.jacrev, torch.func.jacfwd):
+        found = mode(lambda p: solve_batch(ConstrainedProblem(**BOWL, **limits), torch.zeros(1, 2), p).x)(point)
+        assert float(found.abs().amax()) <= 1e-9
+
+
+def test_curved_dependent_constraints_to_second_order() -> None:
+    """Two ways to write the unit circle whose gradients are parallel by a factor that depends on the point."""
+
+    def circle(x: Tensor) -> Tensor:
+        return (x * x).sum() - 1
+
+    single = EqualityProblem(BOWL["objective"], lambda x, p: circle(x))
+    double = EqualityProblem(BOWL["objective"], lambda x, p: torch.stack([circle(x), (2 + x[0]) * circle(x)]))
+    p, x0 = torch.tensor([[1.5, 0.7]]), torch.tensor([[0.8, 0.6]])
+    jacobians, hessians = [], []
+    for problem in (single, double):
+
+        def x(p: Tensor, problem: EqualityProblem = problem) -> Tensor:
+            return solve_batch(problem, x0, p, atol=1e-11).x
+
+        jacobians.append(torch.func.jacrev(x)(p))
+        hessians.append(torch.func.jacrev(torch.func.jacfwd(x))(p))
+    assert torch.allclose(*jacobians, atol=1e-8)
+    assert torch.allclose(*hessians, atol=1e-7)
+    assert float(hessians[0].abs().amax()) > 0.1
+
+
+def test_dependent_constraints_warn_where_the_data_move_them_apart() -> None:
+    problem = EqualityProblem(
+        lambda x, p, b: ((x - p) ** 2).sum(), lambda x, p, b: torch.stack([x.sum() - b[0], 3 * x.sum() - b[1]])
+    )
+    p, b = torch.tensor([[2.0, 1.5], [0.0, 1.0]]), torch.tensor([[1.0, 3.0], [2.0, 6.0]])
+
+    def x(p: Tensor, b: Tensor) -> Tensor:
+        return solve_batch(problem, torch.zeros(2, 2), (p, b)).x
+
+    for mode in (torch.func.jacrev, torch.func.jacfwd):
+        expected = torch.eye(2) - 0.5
+        assert torch.allclose(mode(x)(p, b)[0, :, 0], expected, atol=1e-9)  # no warning: b stays
+        together = mode(lambda t: x(p, torch.stack([t, 3 * t], dim=1)))  # judged leaf by leaf
+        for move in (mode(x, argnums=1), together):
+            with pytest.warns(ConvergenceWarning, match="linearly dependent in 2 elements, and the data move them"):
+                found = move(*((p, b) if move is not together else (b[:, 0],)))
+            assert torch.isfinite(found).all()
+        assert torch.allclose(found[0, :, 0], torch.full((2,), 0.5), atol=1e-9)
+
+
+@pytest.mark.parametrize("factor", [3.0, 1e5])
+def test_dependent_constraints_that_move_together(factor: float) -> None:
+    """Terms that cancel to rounding do not warn: ``x = p`` shifted onto ``0.7 x_0 + x_1 = 0.1 p_0``."""
+    a = torch.tensor([0.7, 1.0])
+
+    def line(x: Tensor, p: Tensor) -> Tensor:
+        return a @ x - 0.1 * p[0]
+
+    problem = EqualityProblem(BOWL["objective"], lambda x, p: torch.stack([line(x, p), factor * line(x, p)]))
+    p = torch.tensor([[2.1, 1.5]])
+    expected = torch.eye(2) - torch.outer(a, a - torch.tensor([0.1, 0.0])) / (a @ a)
+    for mode in (torch.func.jacrev, torch.func.jacfwd):
+        found = mode(lambda p: solve_batch(problem, torch.zeros(1, 2), p).x)(p)
+        assert torch.allclose(found[0, :, 0], expected, atol=1e-9)
+
+
+def test_constraints_in_small_units_are_not_dependent() -> None:
+    problem = EqualityProblem(BOWL["objective"], lambda x, p: 1e-4 * (x[:2] - p[:2] ** 2))
+    p = torch.tensor([[0.5, 2.0, 1.0]])
+    found = torch.func.jacrev(lambda p: solve_batch(problem, torch.zeros(1, 3), p, atol=1e-11).x)(p)
+    assert torch.allclose(found[0, :, 0], torch.diag(torch.tensor([1.0, 4.0, 1.0])), atol=1e-6)
+
+
+def test_solutions_that_are_not_unique_warn() -> None:
+    flat = ConstrainedProblem(objective=lambda x, p: (x[0] - p[0]) ** 2 + 0 * x[1])
+    with pytest.warns(ConvergenceWarning, match="not unique to first order in 1 elements"):
+        found = torch.func.jacrev(lambda p: solve_batch(flat, torch.zeros(1, 2), p).x)(torch.ones(1, 2))
+    assert torch.allclose(found[0, :, 0], torch.tensor([[1.0, 0.0], [0.0, 0.0]]), atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
+def test_active_bounds_are_found_in_any_units(scale: float) -> None:
+    problem = ConstrainedProblem(
+        objective=lambda x, p: scale * ((x - p) ** 2).sum(),
+        inequality=lambda x, p: 1e3 * (x[0] - 1),
+        upper=torch.tensor([torch.inf, 1.0]),
+    )
+    p = torch.tensor([[2.0, 2.0], [0.5, 0.5], [2.0, 0.5], [0.5, 2.0]])
+    found = torch.func.jacrev(lambda p: solve_batch(problem, torch.zeros(4, 2), p).x)(p)
+    diagonal = found.reshape(8, 8).diagonal().reshape(4, 2)
+    assert torch.allclose(diagonal, (p < 1).double(), atol=1e-6)
+
+
+def test_forward_over_forward_is_refused() -> None:
+    p, q = points()
+    with pytest.raises(NotImplementedError, match="forward mode over forward mode"):
+        torch.func.jacfwd(torch.func.jacfwd(lambda p: curved(p, q)[0]))(p)
+
+
+def test_a_row_without_gradient_does_not_hide_the_others() -> None:
+    """Its multiplier may be as large as it likes; it scaled the residuals of all others away."""
+    problem = ConstrainedProblem(
+        objective=lambda x, t: 0.5 * (8.1 * x[0] ** 2 + 2.1 * x[1] ** 2),
+        inequality=lambda x, t: torch.stack([0 * x[0], x[1] - x[0], x[1] - 2 * x[0] - 2]),
+        lower=-3.0,
+        upper=3.0,
+    )
+    found = solve_batch(problem, torch.zeros(1, 2), torch.zeros(1))
+    assert found.statuses == [Status.CONVERGED]
+    assert float(found.x.abs().amax()) <= 1e-4
+    assert float(found.objective.amax()) <= 1e-7
+
+
+def test_a_fall_that_ends_is_not_without_bound() -> None:
+    problem = ConstrainedProblem(objective=lambda x, t: 0.5 * (x[0] - 1e6) ** 2 - 5e11)
+    found = solve_batch(problem, torch.zeros(1, 1), torch.zeros(1))
+    assert found.statuses == [Status.CONVERGED]
+    assert float(found.x) == pytest.approx(1e6)
+
+
 def test_no_graph_without_need() -> None:
     x0, data = mixed(3)
     with warnings.catch_warnings():
@@ -553,6 +725,16 @@ def test_no_graph_without_need() -> None:
         ({"method": "newton"}, TypeError, "BatchedNewton"),
         ({"maxiter": 3}, TypeError, "max_steps"),
         ({"atol": -1.0}, ValueError, "atol must be positive"),
+        ({"x0": torch.zeros(0, 6)}, ValueError, "a batch of no elements"),
+        ({"x0": torch.zeros(4, 6, dtype=torch.float32)}, ValueError, "objective returns torch.float64"),
+        (
+            {"problem": replace(MIXED, objective=lambda x, p, q: ((x.detach() - p) ** 2).sum())},
+            ValueError,
+            "objective depends on x, but its value has no graph",
+        ),
+        ({"problem": replace(MIXED, lower=2.0)}, ValueError, "lower is above upper in 6 entries"),
+        ({"problem": replace(MIXED, lower=torch.zeros(5).double())}, ValueError, "does not broadcast to x0"),
+        ({"problem": replace(MIXED, inequality=lambda x, p, q: 3.0)}, TypeError, "inequality must return a tensor"),
         ({"max_steps": -1}, ValueError, "max_steps"),
     ],
     ids=lambda v: str(v)[:30] if isinstance(v, dict) else "",

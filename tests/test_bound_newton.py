@@ -179,3 +179,29 @@ def test_fixed_entries_stay() -> None:
     found = run(lambda x: (x**2).sum() + x.prod(), torch.tensor([0.5, 1.0, 2.0]), lower, torch.tensor([0.5, 1.0, 2.0]))
     assert found.status is Status.CONVERGED
     torch.testing.assert_close(found.at.x, torch.tensor([0.5, -0.5, 2.0]))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: (x - 1).square().sum() + (x - x).sqrt().sum(),  # gradient NaN
+        lambda x: -x.sqrt().sum(),  # gradient infinite at the bound
+    ],
+)
+def test_derivatives_that_are_no_numbers_end_the_run(fn: Callable[[Tensor], Tensor]) -> None:
+    found = run(fn, torch.zeros(2), lower=0.0, upper=9.0)
+    assert (found.status, found.steps) == (Status.NONFINITE, 0)
+
+
+def test_a_curvature_that_is_no_number_ends_the_search() -> None:
+    class Bent(Smooth):
+        def product(self, v: Tensor) -> Tensor:
+            assert Smooth.products < 100, "the search goes on"
+            Smooth.products += 1
+            return torch.full_like(v, torch.nan)
+
+    Smooth.products = 0
+    start = Bent(lambda x: -x.sum(), torch.zeros(2))
+    bounds = torch.zeros(2), torch.full((2,), 0.5)
+    found = minimize_in_box(lambda x: Bent(start.fn, x), start, *bounds, tolerance=1e-9, radius=5.0, max_steps=5)
+    assert found.status is Status.NONFINITE

@@ -387,7 +387,9 @@ def test_resume_finds_the_default_folder_and_refuses_another_run(capsys: pytest.
     assert run("run hs71 --max-steps 2 --quiet") == 0
     assert run("run hs71 --max-steps 4 --resume --quiet") == 0
     assert result("runs/hs71-InteriorPoint")["steps"] == 4
-    capsys.readouterr()
+    assert "nothing left" not in capsys.readouterr().err
+    assert run("run hs71 --resume --quiet") == 0
+    assert "nothing left to do: the run has used its 4 steps; raise --max-steps" in capsys.readouterr().err
     for change, words in [
         ("--set barrier=0.3", "algorithm.barrier is 0.3, was 0.1"),
         ("--seed 9", "seed is 9, was 0"),
@@ -414,6 +416,8 @@ def test_resume_finds_the_default_folder_and_refuses_another_run(capsys: pytest.
         ("run hs71 --set barier=0.2", ["barier=0.2", "did you mean barrier?"]),
         ("run hs71 --algorithm AugmentedLagrangian --set growth=0.5", ["growth", "0.5"]),
         ("run hs71 --set n=3", ["n=3", "Settings of case hs71: dtype, device"]),
+        ("run hs71 --set device=cuda:77", ["device=cuda:77", "CUDA device", "--device cpu"]),
+        ("run hs72x", ["unknown case 'hs72x'", "bilevel list"]),
         ("run hs71 --atol 0", ["atol", "0"]),
         ("run hs71 --max-steps -1", ["max_steps", "-1"]),
         ("run hs71 --data-dir .", ["--data-dir", "no setting 'data_dir'"]),

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.sparse
 import torch
@@ -64,6 +65,11 @@ MISDECLARED: dict[str, tuple[Any, type[Exception], str]] = {
     "lower infinite": (lambda: ConstrainedProblem(objective=square, lower=math.inf), ValueError, "lower"),
     "upper infinite": (lambda: ConstrainedProblem(objective=square, upper=-math.inf), ValueError, "upper"),
     "bound text": (lambda: ConstrainedProblem(objective=square, upper="1"), TypeError, "upper"),
+    "bound in numpy": (
+        lambda: ConstrainedProblem(objective=square, lower=np.zeros(3)),
+        TypeError,
+        "lower is a numpy array: give a number, a floating-point tensor or None; torch.from_numpy(lower) is one",
+    ),
 }
 
 
@@ -76,8 +82,21 @@ def test_a_wrong_field_is_named(case: tuple[Any, type[Exception], str]) -> None:
 
 
 INVALID: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "integers": (total, torch.ones(3, dtype=torch.int64), TypeError, "x0 has dtype torch.int64: convert it"),
-    "a number": (total, 3.0, TypeError, "x0 = 3.0: give a floating-point tensor"),
+    "integers": (
+        total,
+        torch.ones(3, dtype=torch.int64),
+        TypeError,
+        "x0 has dtype torch.int64: convert it to a real floating dtype, such as x0.double()",
+    ),
+    "a number": (total, 3, TypeError, "x0 = 3: give a floating-point tensor, such as torch.tensor(3.0)"),
+    "a list": (total, [1.0, 2.0], TypeError, "x0[0] = 1.0: give a floating-point tensor, such as torch.tensor(1.0)"),
+    "numpy": (total, np.ones(3), TypeError, "x0 is a numpy array: give a floating-point tensor; torch.from_numpy(x0)"),
+    "numpy leaf": (
+        total,
+        {"a": ONES, "b": np.ones(3)},
+        TypeError,
+        "x0['b'] is a numpy array: give a floating-point tensor; torch.from_numpy(x0['b'])",
+    ),
     "nothing": (total, {}, ValueError, "x0 holds no tensor"),
     "NaN": (total, ONES * math.nan, ValueError, "x0 is not finite: start from numbers"),
     "infinite leaf": (
@@ -159,6 +178,7 @@ BOUNDS: dict[str, tuple[dict[str, Any], str]] = {
         "upper of shape (3,) does not broadcast to x0['a'] of shape (2,)",
     ),
     "structure": ({"lower": {"a": 0.0}}, "lower has the entries ['a'], which do not match those of x0"),
+    "list": ({"upper": [1.0, 2.0]}, "for the entries of one tensor give torch.tensor([...])"),
     "dtype": (
         {"lower": torch.zeros((), dtype=torch.float32)},
         "lower is torch.float32 on cpu, but x0['a'] is torch.float64 on cpu",

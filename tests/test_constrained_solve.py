@@ -19,6 +19,21 @@ from implicit.tree import Tree
 METHOD = AugmentedLagrangian()
 
 
+def test_a_solution_prints_in_one_line() -> None:
+    found = constrained.solve(PROBLEM, METHOD, start(), max_steps=3, raise_on_failure=False)
+    text = repr(found)
+    assert re.fullmatch(
+        r"Solution\(STEP_LIMIT, objective=\S+, residual=\S+, steps=3, x: \['b'\] \(3,\) torch.float64, "
+        r"\['a'\] \(2,\) torch.float64\)",
+        text,
+    )
+    assert f"objective={found.objective:.8g}, residual={found.residual.largest:.2g}" in text
+    many = constrained.solve(
+        EqualityProblem(lambda x: tree.dot(x, x), lambda x: x[0] - 1), x0=[torch.zeros(()) for _ in range(50)]
+    )
+    assert len(repr(many)) < 250
+
+
 def objective(x: Tree) -> Tensor:
     a, b = x["a"], x["b"]
     return (a[0] - 10) ** 2 + 5 * (a[1] - 12) ** 2 + b[0] ** 4 + 3 * (b[1] - 11) ** 2 + 10 * b[2] ** 6
@@ -90,6 +105,21 @@ MISUSE: dict[str, tuple[Any, type[Exception], str]] = {
         "method must be such as constrained.InteriorPoint(), got 'auto'",
     ),
     "other method": (lambda: solve(method=implicit.LBFGS()), TypeError, "method must be such as"),
+    "name": (
+        lambda: solve(method="interiorpoint"),
+        TypeError,
+        "method must be an object, not its name 'interiorpoint': constrained.InteriorPoint()",
+    ),
+    "start as method": (
+        lambda: constrained.solve(PROBLEM, torch.ones(2)),  # type: ignore[arg-type]
+        TypeError,
+        "the second argument is the method; write constrained.solve(problem, x0=...)",
+    ),
+    "tree as method": (
+        lambda: constrained.solve(PROBLEM, start()),
+        TypeError,
+        "the second argument is the method; write constrained.solve(problem, x0=...)",
+    ),
     "no start": (lambda: constrained.solve(PROBLEM, METHOD), TypeError, "x0 is missing"),
     "maxiter": (lambda: solve(maxiter=3), TypeError, "no argument 'maxiter'; here it is called max_steps"),
     "unknown": (lambda: solve(speed=3), TypeError, "solve() has no argument 'speed'"),
@@ -245,6 +275,8 @@ def test_callbacks_see_every_step_and_stop_the_run() -> None:
     assert found.status is Status.STOPPED
     assert [step for step, _ in seen] == [1, 2, 3]
     assert [value for _, value in seen] == [row["residual"] for row in found.history]
+    assert "the best point known" in found.message
+    assert found.residual.largest == pytest.approx(min(value for _, value in seen), rel=1e-6)
 
 
 def test_ctrl_c_finishes_the_step_and_returns() -> None:

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import implicit
-from constrained import AugmentedLagrangian, InteriorPoint, OptimalPoint, differentiable
+from constrained import AugmentedLagrangian, EqualityProblem, InteriorPoint, OptimalPoint, differentiable
 from implicit import ConvergenceWarning, SolveError, Status, tree
 from tests.dense import normal
 
@@ -234,6 +234,14 @@ def test_the_start_has_no_influence_and_no_derivative() -> None:
     close(jacrev(lambda s: solve(s, p, r).x)(start.detach()), torch.zeros(3, 3))
 
 
+def test_a_kink_is_seen_at_the_accuracy_of_the_default_method() -> None:
+    """At p = (0, 1) the bound is active with multiplier zero; an interior point stops at some 1e-5 from it."""
+    clip = differentiable(lambda x, p: ((x - p) ** 2).sum(), lower=0.0)
+    at_the_kink = torch.tensor([0.0, 1.0], requires_grad=True)
+    with pytest.warns(ConvergenceWarning, match="strict complementarity fails"):
+        clip(torch.ones(2), at_the_kink).x.sum().backward()
+
+
 def test_degenerate_solutions_warn() -> None:
     clip = differentiable(**BOX, upper=1.0, method=InteriorPoint(), atol=1e-10)
     at_the_kink = torch.tensor([1.0, 0.3], requires_grad=True)
@@ -283,3 +291,103 @@ def test_an_unconstrained_and_a_single_precision_problem() -> None:
     slope = jacrev(lambda q: single(torch.zeros(2, dtype=torch.float32), q).x)(q)
     assert slope.dtype == torch.float32
     close(slope, torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float32)), 1e-4)
+
+
+@pytest.mark.parametrize("gap", [1e-5, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("method", [None, AugmentedLagrangian()], ids=["default", "AugmentedLagrangian"])
+@pytest.mark.filterwarnings("ignore:strict complementarity fails")
+def test_weakly_active_and_nearly_active_bounds(gap: float, method: Any) -> None:
+    """On the central path gap and multiplier are both about 1e-4; the derivative is that of the active set alone."""
+    t, other = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.0])
+    for sign in (1.0, -1.0):
+        bound = torch.stack([t[0] + sign * gap, torch.tensor(-math.inf)])
+        fields: list[dict[str, Any]] = [{"lower": bound}, {"inequality": lambda x, t, b=bound: 3 * (b[0] - x[0])}]
+        for field in fields:
+            clip = differentiable(lambda x, t: ((x - t) ** 2).sum(), **field, method=method)
+            point = clip(other, t)
+            close(point.x, torch.maximum(t, bound), 1e-12)
+            force = point.lower[0] if "lower" in field else 3 * point.inequality
+            close(force, torch.tensor(2 * gap if sign > 0 else 0.0), 1e-12)
+            expected = torch.diag(torch.tensor([0.0 if sign > 0 else 1.0, 1.0]))
+            close(jacrev(lambda t: clip(other, t).x)(t), expected, 1e-6)  # noqa: B023
+
+
+def test_a_clear_active_set_does_not_warn() -> None:
+    for gap, slope in ((1e-3, 0.0), (-1e-3, 1.0)):
+        clip = differentiable(lambda x, t: (x - t) ** 2, lower=0.5 + gap)
+        close(jacrev(lambda t: clip(torch.tensor(1.0), t).x)(torch.tensor(0.5)), torch.tensor(slope))  # noqa: B023
+
+
+def test_curved_constraints_are_met_to_rounding() -> None:
+    """Newton's method on the active set, nonlinear in x; the multipliers too are those of the exact solution."""
+    p = torch.tensor([3.0, -1.0, 2.0])
+    ball = differentiable(
+        lambda x, p: 0.5 * ((x - p) ** 2).sum(),
+        inequality=lambda x, p: torch.stack([0.5 * (x**2).sum() - 0.5, x[0] - 2]),
+        lower=-5.0,
+    )
+    point = ball(torch.full((3,), 0.1), p)
+    close(point.x, p / p.norm(), 1e-13)
+    close(point.inequality, torch.stack([p.norm() - 1, torch.tensor(0.0)]), 1e-12)
+    assert float(point.lower.abs().max()) == 0.0
+    close(jacrev(lambda p: ball(torch.full((3,), 0.1), p).x)(p), jacrev(lambda p: p / p.norm())(p), 1e-12)
+
+
+def test_a_solution_at_zero() -> None:
+    """No size of x to compare distances with: the point is all constraints."""
+    clip = differentiable(lambda x, t: ((x + t) ** 2).sum(), lower=0.0)
+    t = torch.tensor([1.0, 2.0])
+    point = clip(torch.ones(2), t)
+    assert float(point.x.abs().max()) == 0.0
+    close(point.lower, 2 * t, 1e-12)
+    close(jacrev(lambda t: clip(torch.ones(2), t).lower)(t), 2 * torch.eye(2), 1e-12)
+
+
+def test_entries_with_equal_bounds() -> None:
+    """Fixed entries are equalities, with a multiplier of either sign, and nothing about them is degenerate."""
+    low = torch.tensor([1.0, 1.0, -1.0, 1.0])
+    high = torch.tensor([1.0, 1.0, math.inf, 3.0])
+    p = torch.tensor([3.0, -2.0, 0.25, 0.5])
+    solve = differentiable(
+        lambda x, p: 0.5 * ((x["a"] - p) ** 2).sum() + 0.5 * x["a"][0] ** 2 * x["b"] ** 2 - x["b"] * p[2],
+        equality=lambda x, p: x["b"] - x["a"][2],
+        lower={"a": low, "b": None},
+        upper={"a": high, "b": None},
+    )
+    start = {"a": torch.full((4,), 1.5), "b": torch.tensor(0.1)}
+    point = solve(start, p)
+    close(point.x["a"], torch.tensor([1.0, 1.0, 0.25, 1.0]), 1e-12)  # x2 = x4: 2 x - 2 p2 = 0
+    force = torch.stack([p[0] - 1 - p[2] ** 2, p[1] - 1, torch.tensor(0.0), p[3] - 1])  # presses up where positive
+    close(point.upper["a"] - point.lower["a"], force, 1e-9)
+    assert float(torch.minimum(point.upper["a"], point.lower["a"]).abs().max()) == 0.0
+    close(jacrev(lambda p: solve(start, p).x["a"])(p), torch.diag(torch.tensor([0.0, 0, 1, 0])), 1e-9)
+    slopes = jacrev(lambda p: (lambda q: q.upper["a"] - q.lower["a"])(solve(start, p)))(p)
+    expected = torch.diag(torch.tensor([1.0, 1, 0, 1]))
+    expected[0, 2] = -2 * p[2]
+    close(slopes, expected, 1e-9)
+    all_fixed = differentiable(lambda x, p: ((x - p) ** 2).sum(), lower=1.0, upper=1.0)
+    close(jacrev(lambda p: all_fixed(torch.ones(4), p).x)(p), torch.zeros(4, 4))
+
+
+def test_dependent_active_constraints_keep_their_point() -> None:
+    """Both halves of a doubled constraint are active: no unique multipliers, and the derivative says so."""
+    twice = differentiable(
+        lambda x, p: 0.5 * ((x - p) ** 2).sum(),
+        inequality=lambda x, p: torch.stack([x.sum() - 1, 2 * x.sum() - 2]),
+    )
+    p = torch.tensor([1.0, 2.0], requires_grad=True)
+    with pytest.warns(ConvergenceWarning, match="singular"):
+        twice(torch.zeros(2), p).x[0].backward()
+    point = twice(torch.zeros(2), p.detach())
+    close(point.x, torch.tensor([0.0, 1.0]), 1e-12)
+    close(point.inequality @ torch.tensor([1.0, 2.0]), torch.tensor(1.0), 1e-9)
+    assert p.grad is not None
+    close(p.grad, torch.tensor([0.5, -0.5]))
+
+
+def test_a_problem_object_is_refused_at_once() -> None:
+    problem = EqualityProblem(lambda x: x.sum(), lambda x: (x**2).sum() - 1)
+    with pytest.raises(TypeError, match=r"function \(x, \*theta\), got EqualityProblem; pass its functions"):
+        differentiable(problem)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got Tensor$"):
+        differentiable(torch.zeros(2))  # type: ignore[arg-type]

@@ -1,13 +1,16 @@
 """Inertia correction against eigenvalues and dense solves."""
 
+from typing import Any
+
 import pytest
 import scipy.sparse
 import torch
 from torch import Tensor
 
+from constrained import AdaSketchNewton, InteriorPoint
 from constrained.inertia import CorrectedKKT, InertiaCorrection, default_solver
 from constrained.kkt_system import KKTSystem
-from implicit import GMRES, LDLT, MINRES, Dense, LinearSolver, Sparse, SparseLU, tree
+from implicit import CG, GMRES, LDLT, MINRES, Cholesky, Dense, LinearSolver, Neumann, Sparse, SparseLU, tree
 from tests.systems import normal
 
 
@@ -29,6 +32,17 @@ def inertia(matrix: Tensor) -> tuple[int, int]:
 
 def correct(rule: InertiaCorrection, h: Tensor, j: Tensor, rhs: Tensor, **more: object) -> CorrectedKKT:
     return rule.correct(dense(h), Dense(j, symmetric=False), rhs, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("owner", [InertiaCorrection, InteriorPoint, AdaSketchNewton])
+def test_solvers_that_cannot_do_kkt_systems_are_refused(owner: Any) -> None:
+    for solver in (CG(), Cholesky(), Neumann()):
+        with pytest.raises(ValueError, match=rf"{type(solver).__name__}\(\): KKT matrices are .*implicit.MINRES"):
+            owner(linear_solver=solver)
+    for wrong, cure in (("minres", "MINRES"), (LDLT, "LDLT"), ("gmres", "GMRES"), (3, "MINRES")):
+        with pytest.raises(TypeError, match=rf"linear_solver must be such as implicit.{cure}\(\), or None; got"):
+            owner(linear_solver=wrong)
+    assert owner(linear_solver=MINRES()).linear_solver == MINRES()
 
 
 def test_nothing_is_shifted_where_the_inertia_is_right() -> None:

@@ -17,6 +17,7 @@ from constrained.barrier_step import BarrierState, NewtonStep, Trial, barrier_er
 from constrained.filter import Filter
 from constrained.inertia import InertiaCorrection
 from constrained.restoration import WEIGHT, LeastSquares, Restoration, elastic
+from constrained.rounding import excess, rounding
 from implicit import MINRES, LinearSolver, SolveError, SparseLU, Status
 from tests.systems import normal
 
@@ -784,3 +785,103 @@ def test_elastic_variables_minimise_their_barrier_function(mu: float) -> None:
     assert bool((n > 0).all() and (p > 0).all())
     # d/dn [rho (n + p) - mu log n - mu log p] = 0 with p = c + n
     torch.testing.assert_close(mu / n + mu / p, torch.full((6,), 2 * WEIGHT), rtol=1e-6, atol=0)
+
+
+# Large variables, wide boxes, and what rounding leaves
+
+
+def test_large_units_of_x_do_not_make_a_feasible_problem_infeasible() -> None:
+    """Example of Waechter and Biegler (2000) in units of 1e8, where J^T r is small everywhere; x* = (1, 0, 1/2)."""
+    unit = 1e8
+
+    def rows(x: Tensor) -> Tensor:
+        u = x / unit
+        return torch.stack([u[0] ** 2 - u[1] - 1, u[0] - u[2] - 0.5])
+
+    problem = ConstrainedProblem(objective=lambda x: x[0] / unit, equality=rows, lower=t(-INF, 0.0, 0.0))
+    found = solved(problem, unit * t(-2.0, 3.0, 1.0))
+    torch.testing.assert_close(found.x / unit, t(1.0, 0.0, 0.5), rtol=0, atol=1e-8)
+
+
+def test_wide_boxes_are_not_unbounded() -> None:
+    for upper in (1e11, 1e13, 1e18):
+        found = solve(ConstrainedProblem(objective=lambda x: -x.sum(), lower=0.0, upper=upper), torch.zeros(2))
+        assert found.status in (Status.CONVERGED, Status.STALLED), found.message
+        torch.testing.assert_close(found.x, torch.full((2,), upper), rtol=1e-6, atol=0)
+    well = ConstrainedProblem(objective=lambda x: (1e-12 * x**4 - x**2).sum())
+    assert solved(well, t(1e-3)).objective == pytest.approx(-2.5e11)
+
+
+def test_one_large_variable_does_not_hide_the_violation_of_others() -> None:
+    """f falls without bound, and no x satisfies the constraints: rounding at x_1 = -1e16 exceeds what they lack."""
+    problem = ConstrainedProblem(
+        objective=lambda x: 1e4 * x.sum(), inequality=lambda x: torch.stack([x[0] - 1, 2 - x[0]])
+    )
+    assert solve(problem, torch.zeros(2)).status is Status.INFEASIBLE
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_rounding_of_constraints_has_the_size_of_their_terms(dense: bool) -> None:
+    problem = ConstrainedProblem(
+        objective=lambda x: x.sum(),
+        equality=lambda x: (x[0] - x[1]).reshape(1),
+        inequality=lambda x: torch.stack([x[2] - 1, 1e-3 * x[0] - 0.1]),
+        upper=1e9,
+    )
+    x = t(1e8, 1e8 + 1e-7, 1.5)
+    point = Lagrangian(problem, x, dense=dense).at(x)
+    hidden = 10 * torch.finfo(x.dtype).eps * t(2e8, 1.5, 1e5)
+    torch.testing.assert_close(rounding(point), hidden, rtol=1e-6, atol=0)
+    assert excess(Lagrangian(problem, x, dense=dense), point) == pytest.approx(1e5 - 0.1)
+    near = t(10.0, 10.0, 1.5)
+    lagrangian = Lagrangian(problem, near, dense=dense)
+    assert excess(lagrangian, lagrangian.at(near)) == pytest.approx(0.5)
+    level = t(1e8, 1e8 + 1e-7, 0.0)  # off by the seventh digit after the point: x_0 and x_1 round to that
+    assert float(rounding(Lagrangian(problem, level).at(level))[0]) > 1e-7
+
+
+def test_after_the_start_only_points_within_the_bounds_are_evaluated() -> None:
+    seen: list[float] = []
+
+    def objective(x: Tensor) -> Tensor:
+        return torch.where(x >= 0, (x - 3) ** 2, 1e30 * x).sum()
+
+    problem = ConstrainedProblem(objective=objective, lower=0.0, upper=9.0)
+    lagrangian = Lagrangian(problem, t(-5.0))
+    at = lagrangian.at
+
+    def watched(x: Tensor) -> object:
+        seen.append(float(x))
+        return at(x)
+
+    lagrangian.at = watched  # type: ignore[assignment,method-assign]
+    state = InteriorPoint(atol=1e-8).init(lagrangian, t(-5.0))
+    assert seen and min(seen) >= 0.0
+    assert float(state.scales[0]) == 1.0  # the slope at x = 0, not the 1e30 at x0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_better_accuracy_is_stalled_and_not_nonfinite(seed: int) -> None:
+    """HS71 beyond the precision, where gaps to active bounds underflow."""
+    problem = ConstrainedProblem(
+        objective=lambda x: x[0] * x[3] * (x[0] + x[1] + x[2]) + x[2],
+        equality=lambda x: (x**2).sum() - 40,
+        inequality=lambda x: 25 - x.prod(),
+        lower=1.0,
+        upper=5.0,
+    )
+    start = STARTS_71[seed]
+    found = solve(problem, t(*start), atol=1e-16)
+    assert found.status is Status.STALLED, found.message
+    assert found.objective == pytest.approx(17.0140172891, rel=1e-9)
+    assert found.residual.largest < 1e-13
+
+
+STARTS_71 = [
+    (1.0, 5.0, 5.0, 1.0),
+    (3.6375070693218747, 3.185837910880989, 1.1968961237337257, 2.0605324833064365),
+    (4.741155135783027, 4.2626979169496, 3.6505523238411604, 4.515239321370465),
+    (1.7420802824754724, 2.831538607722755, 2.9385395490981456, 4.646486884626862),
+    (3.975162202913589, 3.5829805233645384, 2.5326889913567365, 3.947563862496297),
+    (3.429029993673418, 3.0115989228479676, 1.0452537351630946, 1.0547880032551125),
+]

@@ -339,3 +339,11 @@ def test_a_broken_step_is_not_saved(tmp_path, fault) -> None:
         capture=lambda run: {"format": 1, "step": run.state.step},
     )
     assert implicit.load_checkpoint(path)["step"] == 5
+
+
+def test_a_step_info_prints_without_the_state() -> None:
+    seen: list[str] = []
+    run = Run(Counter())
+    iterate(Count(goal=1), None, run, callbacks=[lambda info: seen.append(repr(info))])
+    assert seen and seen[0].startswith("StepInfo(step=1, seconds=") and "Counter" not in seen[0]
+    assert "capture" not in seen[0]

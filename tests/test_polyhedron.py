@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from constrained import Affine, Box, HalfSpace, Polyhedron
+from constrained import Affine, Box, HalfSpace, Polyhedron, Simplex
 from implicit import ConvergenceWarning, SolveError, tree
 
 
@@ -64,6 +64,14 @@ def test_the_projection(generator: torch.Generator, name: str) -> None:
     # <point - projected, z - projected> <= 0 for every z of the set, to rounding.
     others = torch.stack([chosen.project(2 * torch.randn(6, generator=generator)) for _ in range(10)])
     assert ((others - projected) @ (point - projected)).max() <= 1e-11
+
+
+@pytest.mark.parametrize("total", [1.0, 1e-8, 1e-12])
+def test_small_sets(generator: torch.Generator, total: float) -> None:
+    chosen = Polyhedron(A=torch.ones(1, 4), b=torch.tensor([total]), lower=0.0)
+    for point in (torch.tensor([1.0, -1.0, 0.3, 0.0]), total * torch.randn(4, generator=generator)):
+        found = chosen.project(point)
+        torch.testing.assert_close(found / total, Simplex(total).project(point) / total, rtol=0, atol=1e-10)
 
 
 def test_closed_forms_agree_with_the_general_method(generator: torch.Generator) -> None:

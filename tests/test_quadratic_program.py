@@ -266,6 +266,57 @@ def test_units_do_not_matter(generator: torch.Generator, scale: float) -> None:
         torch.testing.assert_close(solution.inequality, plain.inequality * scale / 1e3, rtol=1e-7, atol=1e-9 * scale)
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-3, 1e-7, 1e-8, 1e-9, 1e-12])
+def test_small_units_of_x_do_not_matter(generator: torch.Generator, unit: float) -> None:
+    box = solve_qp(None, torch.tensor([-3.0, 1.0]), lower=0.0, upper=unit)
+    torch.testing.assert_close(box.x / unit, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(box.upper - box.lower, torch.tensor([3.0, -1.0]))
+    q, row = torch.tensor([-3.0, 1.0, -2.9]), torch.ones(1, 3)
+    simplex = solve_qp(None, q, A=row, b=torch.tensor([unit]), lower=0.0)
+    torch.testing.assert_close(simplex.x / unit, torch.tensor([1.0, 0.0, 0.0]))
+    for rank in (None, 2, 0):
+        problem = draw(generator, 10, 5, 1, 7, rank=rank) | {"lower": -torch.ones(10, 5), "upper": torch.ones(10, 5)}
+        problem["h"] = problem["h"].abs()
+        del problem["A"], problem["b"]
+        scale = dict.fromkeys(("h", "lower", "upper"), unit) | {"Q": 1 / unit}
+        small = {k: v * scale.get(k, 1.0) for k, v in problem.items()}
+        plain, found = solve_qp(**problem), solve_qp(**small)
+        assert found.success
+        torch.testing.assert_close(found.x / unit, plain.x, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(found.inequality, plain.inequality, rtol=1e-7, atol=1e-7)
+        theta = small["h"].clone().requires_grad_()
+        weight = torch.randn(10, 5, generator=generator)
+        (slope,) = torch.autograd.grad((solve_qp(**(small | {"h": theta})).x * weight).sum(), theta)
+        large = problem["h"].clone().requires_grad_()
+        (expected,) = torch.autograd.grad((solve_qp(**(problem | {"h": large})).x * weight).sum(), large)
+        torch.testing.assert_close(slope, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("bound", [1e-12, 1e-8])
+def test_a_tiny_bound_beside_a_large_solution(bound: float) -> None:
+    Q = torch.diag(torch.tensor([1.0, 0.0, 1.0]))
+    found = solve_qp(Q, torch.tensor([-1.0, 1.0, -2.0]), lower=bound)
+    torch.testing.assert_close(found.x, torch.tensor([1.0, bound, 2.0]), rtol=1e-9, atol=1e-20)
+
+
+def test_a_small_gradient_along_a_large_x_is_not_the_end() -> None:
+    """The residuals are at most 1e-8 all along an edge on which the objective falls from -0.8 to -9."""
+    G, h = torch.tensor([[1.0, 0.0], [-1.0, 1e-8]]), torch.tensor([0.0, -1.0])
+    found = solve_qp(None, torch.tensor([1.0, 0.0]), G=G, h=h, lower=-1e9, upper=1e9)
+    assert found.status is not Status.CONVERGED or float(found.objective) == pytest.approx(-9.0)
+
+
+@pytest.mark.parametrize("angle", [0.3, 0.6435])
+@pytest.mark.parametrize("bend", [1e-9, 1e-10, 1e-11, 1e-12])
+def test_small_curvature_bounds_the_objective(angle: float, bend: float) -> None:
+    R = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    tilted = solve_qp(R @ torch.diag(torch.tensor([1.0, bend])) @ R.T, torch.ones(2), raise_on_failure=False)
+    assert tilted.status is not Status.UNBOUNDED
+    straight = solve_qp(torch.diag(torch.tensor([1.0, bend])), torch.tensor([0.0, -1.0]), raise_on_failure=False)
+    assert straight.status is Status.CONVERGED
+    torch.testing.assert_close(straight.x, torch.tensor([0.0, 1 / bend]), rtol=1e-6, atol=1e-6)
+
+
 def test_integer_data_with_degenerate_vertices(generator: torch.Generator) -> None:
     """Ties everywhere; every element must be classified, and rightly."""
     for rank in (0, 1, 2):
@@ -353,6 +404,18 @@ def test_contradicting_equations() -> None:
     assert float(b @ solution.equality) < 0
 
 
+@pytest.mark.parametrize("gap", [1e-3, 1e-6, 1e-7])
+def test_constraints_that_barely_exclude_each_other(gap: float) -> None:
+    found = solve_qp(torch.eye(1), torch.zeros(1), lower=1.0, upper=1 - gap, raise_on_failure=False)
+    assert found.status is Status.INFEASIBLE
+    assert float(found.x) == pytest.approx(1 - gap / 2, abs=1e-10)
+    G, h = torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), torch.tensor([1.0, -1 - gap])
+    found = solve_qp(torch.eye(2), torch.tensor([0.0, 1.0]), G=G, h=h, raise_on_failure=False)
+    assert found.status is Status.INFEASIBLE
+    close = solve_qp(torch.eye(2), torch.tensor([0.0, 1.0]), G=G, h=torch.tensor([1.0, gap - 1]))
+    assert close.status is Status.CONVERGED
+
+
 def test_unbounded_programs_come_with_a_ray(generator: torch.Generator) -> None:
     for rank in (0, 2):
         problem = draw(generator, 60, 4, 1, 5, rank=rank)
@@ -370,7 +433,8 @@ def test_failures_raise_with_the_solution(generator: torch.Generator) -> None:
     q = torch.tensor([[1.0], [-1.0], [math.nan]])
     with pytest.raises(SolveError, match=r"1 of 3 elements \(2\): NONFINITE") as caught:
         solve_qp(None, q, lower=0.0)
-    assert "1 of 3 elements (1): UNBOUNDED" in str(caught.value)
+    assert "1 of 3 elements (1): UNBOUNDED: the objective falls for ever along .ray; a feasible" in str(caught.value)
+    assert "NONFINITE: an argument is NaN or infinite" in str(caught.value)
     solution = caught.value.solution
     assert solution.status == [Status.CONVERGED, Status.UNBOUNDED, Status.NONFINITE]
     assert solution.x[2].isnan().all()
@@ -480,6 +544,43 @@ def test_kinks_warn_and_smooth_solutions_do_not() -> None:
     with pytest.warns(ConvergenceWarning, match="quadratic program 1: strict"):
         solution.x.sum().backward()
     solve_qp(torch.eye(2), batch, upper=torch.tensor([1.0, 5.0])).x[::2].sum().backward()  # element 1 is not used
+
+
+def test_variables_between_bounds_that_meet_are_no_kink() -> None:
+    lower, upper, q = torch.tensor([1.0, -5.0]), torch.tensor([1.0, 5.0]), torch.tensor([1.0, 1.0])
+    for mode in (jacrev, jacfwd):
+        found = mode(lambda q: solve_qp(torch.eye(2), q, lower=lower, upper=upper).x)(q)
+        torch.testing.assert_close(found, torch.diag(torch.tensor([0.0, -1.0])))
+    with pytest.warns(ConvergenceWarning, match="strict complementarity fails"):
+        jacrev(lambda upper: solve_qp(torch.eye(2), q, lower=lower, upper=upper).x)(upper)
+    with pytest.warns(ConvergenceWarning, match="strict complementarity fails"):  # another one, beside it
+        jacrev(lambda q: solve_qp(torch.eye(2), q, lower=lower, upper=upper).x)(torch.tensor([1.0, 5.0]))
+
+
+def test_a_repeated_row_is_no_loose_direction() -> None:
+    G, h = torch.tensor([[1.0, 1.0], [1.0, 1.0]]), torch.zeros(2)
+    for mode in (jacfwd, jacrev):
+        found = mode(lambda q: solve_qp(torch.eye(2), q, G=G, h=h).x)(torch.tensor([-1.0, -2.0]))
+        torch.testing.assert_close(found, torch.tensor([[-0.5, 0.5], [0.5, -0.5]]))
+
+
+def test_warnings_number_programs_and_not_cotangents() -> None:
+    upper = torch.tensor([1.0, 5.0, 5.0, 5.0])
+    kink, smooth = torch.tensor([-1.0, 1.0, 2.0, 3.0]), torch.tensor([-3.0, 1.0, 2.0, 3.0])
+
+    def x(q: Tensor) -> Tensor:
+        return solve_qp(torch.eye(4), q, upper=upper).x
+
+    batch = torch.stack([smooth, kink, smooth])
+    for mode in (jacrev, jacfwd):
+        with pytest.warns(ConvergenceWarning, match="^the quadratic program: strict"):
+            mode(x)(kink)
+        with pytest.warns(ConvergenceWarning, match="^quadratic program 1: strict"):
+            mode(x)(batch)
+        with pytest.warns(ConvergenceWarning, match="^quadratic program 1: strict"):
+            vmap(mode(x))(batch)
+        with pytest.warns(ConvergenceWarning, match="^quadratic programs 2, 3: strict"):
+            vmap(mode(x))(batch[:, None].repeat(1, 2, 1))
 
 
 def test_solutions_that_are_not_unique_warn_where_it_matters() -> None:

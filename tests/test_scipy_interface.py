@@ -7,7 +7,7 @@ import pytest
 import scipy.optimize
 import scipy.sparse
 import torch
-from scipy.optimize import BFGS
+from scipy.optimize import BFGS, SR1
 from torch import Tensor
 
 import constrained
@@ -321,7 +321,14 @@ MISUSE: dict[str, tuple[Any, type[Exception], str]] = {
     "quasi-Newton constraint": (
         lambda: constrained.from_scipy(f_torch, constraints=[NonlinearConstraint(circle, 0, 0, jac=circle_jac)]),
         TypeError,
-        "hess of constraints[0].fun is a quasi-Newton strategy (BFGS)",
+        "hess of constraints[0] is missing (scipy then takes BFGS()",
+    ),
+    "SR1 constraint": (
+        lambda: constrained.from_scipy(
+            f_torch, constraints=[NonlinearConstraint(circle, 0, 0, jac=circle_jac, hess=SR1())]
+        ),
+        TypeError,
+        "hess of constraints[0].fun is a quasi-Newton strategy (SR1)",
     ),
     "jac": (lambda: constrained.from_scipy(f, jac=3.0), TypeError, "jac of fun must be a function, True or None"),
     "constraint": (
@@ -335,6 +342,36 @@ MISUSE: dict[str, tuple[Any, type[Exception], str]] = {
         "a dict needs 'fun' and 'type', which is 'eq' or 'ineq'",
     ),
     "pairs": (lambda: constrained.from_scipy(f_torch, bounds=[1.0, 2.0]), ValueError, "one pair (low, high)"),
+    "crossed constraint": (
+        lambda: constrained.from_scipy(f_torch, constraints=NonlinearConstraint(circle, 2, 1)),
+        ValueError,
+        "constraints[0] has lb = 2 and ub = 1, which no value satisfies in 1 rows",
+    ),
+    "crossed linear constraint": (
+        lambda: constrained.from_scipy(f_torch, constraints=LinearConstraint(SUM, [2.0], [1.0])),
+        ValueError,
+        "which no value satisfies",
+    ),
+    "infinite sides": (
+        lambda: constrained.from_scipy(f_torch, constraints=NonlinearConstraint(circle, INF, INF)),
+        ValueError,
+        "lb = inf and ub = inf, which no value satisfies",
+    ),
+    "infinite low side": (
+        lambda: constrained.from_scipy(f_torch, constraints=NonlinearConstraint(circle, -INF, -INF)),
+        ValueError,
+        "lb = -inf and ub = -inf, which no value satisfies",
+    ),
+    "a side that is no number": (
+        lambda: constrained.from_scipy(f_torch, constraints=NonlinearConstraint(circle, np.nan, 1)),
+        ValueError,
+        "lb = nan and ub = 1, which no value satisfies",
+    ),
+    "jac of a dict without hess": (
+        lambda: constrained.from_scipy(f_torch, constraints={"type": "eq", "fun": circle, "jac": circle_jac}),
+        TypeError,
+        "constraints[0]['fun'] has jac but no hess",
+    ),
     "length of bounds": (
         lambda: constrained.from_scipy(f_torch, START, bounds=[(0, 1)] * 3),
         ValueError,
@@ -349,6 +386,50 @@ def test_misuse_is_named(case: tuple[Any, type[Exception], str]) -> None:
     with pytest.raises(kind) as caught:
         call()
     assert message in str(caught.value)
+
+
+def test_dicts_with_derivatives_lists_and_single_arguments() -> None:
+    """Hessians of dicts, nested lists for matrices, args without a tuple, and types in capitals, as in scipy."""
+    constraints = [
+        {
+            "type": "EQ",
+            "fun": lambda x, r: circle(x) + 2 - r,
+            "jac": lambda x, r: circle_jac(x).tolist(),
+            "hess": lambda x, v, r: (0.5 * r * circle_hess(x, v)).tolist(),
+            "args": 2.0,
+        },
+        {"type": "Ineq", "fun": lambda x: SUM @ x - 1, "jac": lambda x: SUM, "hess": lambda x, v: np.zeros((4, 4))},
+        {"type": "ineq", "fun": lambda x: 1.5 - SUM @ x, "jac": lambda x: -SUM, "hess": lambda x, v: np.zeros((4, 4))},
+        {
+            "type": "INEQ",
+            "fun": lambda x: 0.5 - product(x),
+            "jac": lambda x: -product_jac(x),
+            "hess": lambda x, v: -product_hess(x, v),
+        },
+    ]
+    problem = constrained.from_scipy(
+        lambda x, s: s * f(x),
+        START,
+        jac=lambda x, s: (s * f_jac(x)).tolist(),
+        hess=lambda x, s: (s * f_hess(x)).tolist(),
+        args=1.0,
+        bounds=PAIRS,
+        constraints=constraints,
+    )
+    found = constrained.solve(problem, METHOD, torch.as_tensor(START))
+    np.testing.assert_allclose(found.x.numpy(), EXACT.x, atol=1e-5)
+    x, weights = torch.as_tensor(START) + 0.1, torch.tensor([0.7, 0.2, 0.5, 1.3])
+    # The rows of dicts lie in another order: circle, lower and upper side of the sum, product.
+    matrix = Lagrangian(torch_style(), x).at(x).hessian(weights).to_dense()
+    torch.testing.assert_close(Lagrangian(problem, x).at(x).hessian(weights).to_dense(), matrix)
+
+
+def test_one_pair_bounds_every_entry() -> None:
+    """As in scipy; a length that does not broadcast is refused."""
+    problem = constrained.from_scipy(f_torch, START, bounds=[(None, 1)])
+    lagrangian = Lagrangian(problem, torch.as_tensor(START))
+    assert lagrangian.upper.tolist() == [1.0] * 4
+    assert lagrangian.lower.tolist() == [-INF] * 4
 
 
 TREE = {"a": torch.tensor([1.0, 1.0], dtype=torch.float64), "b": torch.tensor([[0.5, 0.5]], dtype=torch.float64)}
@@ -419,3 +500,22 @@ def test_there_and_back() -> None:
     again = constrained.from_scipy(**arguments)
     found = constrained.solve(again, METHOD, torch.as_tensor(arguments["x0"]))
     np.testing.assert_allclose(found.x.numpy(), Lagrangian(TREE_PROBLEM, TREE).flat(ours().x).numpy(), atol=1e-6)
+
+
+def test_a_single_argument_needs_no_tuple() -> None:
+    """As in scipy: whatever is no tuple is one argument of ``fun``; those of dict constraints may be lists."""
+    problem = constrained.from_scipy(
+        lambda x, a: ((x - a) ** 2).sum(),
+        torch.tensor([2.0, 2.0]),
+        args=3.0,
+        constraints=[
+            {"type": "eq", "fun": lambda x, b: x[0] - b, "args": 1.5},
+            {"type": "eq", "fun": lambda x, b, c: x[1] - b * c, "args": [1.5, 2.0]},
+        ],
+    )
+    x = torch.tensor([2.0, 2.0])
+    assert float(problem.objective(x)) == 2.0
+    assert problem.equality is not None
+    assert [float(v) for v in problem.equality(x)] == [0.5, -1.0]
+    listed = constrained.from_scipy(lambda x, a: x.sum() * len(a), args=[1.0, 2.0, 3.0])
+    assert float(listed.objective(x)) == 12.0

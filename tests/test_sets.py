@@ -879,7 +879,7 @@ VALUE_ERRORS = [
 TYPE_ERRORS = [
     (lambda: Box("0", 1), "Box.lower = '0': give a number, a floating-point tensor or None"),
     (lambda: Box(0, True), "Box.upper = True: give a number"),
-    (lambda: Box({"a": np.zeros(2)}), "Box.lower['a'] = array([0., 0.]): give a number"),
+    (lambda: Box({"a": np.zeros(2)}), "Box.lower['a'] is a numpy array: give a number"),
     (lambda: Box(torch.zeros(2, dtype=torch.int64)), "Box.lower has dtype torch.int64: convert it to the dtype"),
     (lambda: Ball("1"), "Ball.radius = '1': give a positive number"),
     (lambda: Ball(True), "Ball.radius = True: give a positive number"),

@@ -29,6 +29,8 @@ def test_budgets_do_not_raise(algorithm: Any) -> None:
     assert solution.status is Status.STEP_LIMIT
     assert solution.steps == solution.nit == 2
     assert "raise max_steps" in solution.message
+    assert repr(solution).startswith(f"Solution(STEP_LIMIT, upper_value={solution.upper_value:.8g}, ")
+    assert "steps=2, x: tensor (" in repr(solution) and len(repr(solution)) < 300
     assert not solution.success
     assert solution.fun == solution.upper_value == float(case.problem.upper(solution.x, solution.y))
     solution = bilevel.solve(case.problem, algorithm, *case.start, time_limit=1e-9)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from constrained.problem import EqualityProblem, Problem
+from constrained.problem import ConstrainedProblem, EqualityProblem, Problem
 from constrained.sets.base import spread
 from implicit import tree
 from implicit.derivatives import require_scalar
@@ -80,7 +80,7 @@ class BatchFunctions:
         with torch.no_grad():
             one = [leaf[0] if i < self._rows else leaf for i, leaf in enumerate(self.leaves)]
             own = self.arguments(one)
-            found = [f(self.like, *own) if f is not None else () for f in (problem.equality, problem.inequality)]
+            found = [self._example(kind, own) for kind in ("equality", "inequality")]
         self.constraint_like = tuple(tree.map(torch.zeros_like, value) for value in found)
         self.equalities, self.inequalities = (tree.size(value) for value in self.constraint_like)
         self.counts: dict[str, int] = dict.fromkeys(("objective", "gradient", "jacobian", "hessian"), 0)
@@ -100,6 +100,17 @@ class BatchFunctions:
         """What a function gets behind x, from the leaves of data and shared."""
         data, shared = tree.unflatten(leaves, self._spec)
         return (*data, *shared)
+
+    def first(self) -> Problem:
+        """The problem of the first element, as one without a batch."""
+        arguments = self.arguments([leaf[0] if i < self._rows else leaf for i, leaf in enumerate(self.leaves)])
+
+        def bind(function: Any) -> Any:
+            return None if function is None else lambda *x: function(*x, *arguments)
+
+        names = ("objective", "equality", "inequality", "gradient", "equality_jacobian", "inequality_jacobian")
+        fields = {name: bind(getattr(self.problem, name)) for name in names}
+        return ConstrainedProblem(**fields, lower=self.problem.lower, upper=self.problem.upper)
 
     def at(self, rows: "Tensor | slice") -> list[Tensor]:
         """The leaves of the data of some elements, and the shared ones."""
@@ -223,6 +234,14 @@ class BatchFunctions:
             return _matrix(function(tree.unravel(x, self.like), *own, *arguments), (self.n, self.n))
 
         return torch.func.vmap(one, in_dims=(0, *self.in_dims))(x.detach(), multipliers, *data)
+
+    def _example(self, kind: str, arguments: tuple[Any, ...]) -> Tree:
+        function = getattr(self.problem, kind)
+        found = () if function is None else function(self.like, *arguments)
+        for leaf in tree.leaves(found):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{kind} must return a tensor or a tree of tensors, got {type(leaf).__name__}")
+        return found
 
     def _bound(self, side: str, default: float) -> Tensor:
         entries = spread(side, getattr(self.problem, side), self.like, "x0")

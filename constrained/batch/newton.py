@@ -44,11 +44,12 @@ class BatchedNewton(IterativeMethod[BatchState]):
     """Primal-dual interior-point Newton steps for every element of a batch, each with its own everything.
 
     For ``min f(x) s.t. h(x) = 0, c(x) <= 0, lower <= x <= upper``: slacks ``c(x) + s = 0``, logarithmic barriers on s
-    and on the distances to bounds with a weight that follows the complementarity (LOQO's rule), Newton steps on the
-    conditions of the barrier problem with the exact Hessian, convexified where its projection on the null space of the
-    constraints is not positive definite, and a line search on the l1 merit function with second-order correction.
-    Without inequalities and bounds this is Newton's method with line search. An element whose steps are refused, or
-    whose violation does not fall, minimizes the violation for a while, and is infeasible if that is stationary.
+    and on the distances to bounds with a weight that falls, superlinearly in the end, whenever the barrier problem is
+    solved to its own accuracy, Newton steps on the conditions of the barrier problem with the exact Hessian, shifted
+    where its projection on the null space of the constraints is not positive definite, and a line search whose points
+    are accepted by a filter on violation and barrier objective, with second-order corrections. Without inequalities and
+    bounds this is Newton's method with line search. An element whose steps are refused, or whose violation does not
+    fall, minimizes the violation for a while, and is infeasible if that is stationary.
 
     Args:
         atol: the largest scaled residual that counts as solved, see :class:`constrained.KKTResidual`; None means 1e-8
@@ -61,8 +62,9 @@ class BatchedNewton(IterativeMethod[BatchState]):
         ValueError: if a field is out of range.
 
     References:
-        Vanderbei, Shanno, An interior-point algorithm for nonconvex nonlinear programming, 1999 (barrier weight).
-        Waechter, Biegler, On the implementation of an interior-point filter line-search algorithm, 2006 (correction).
+        A. Waechter, L. T. Biegler, "On the implementation of an interior-point filter line-search algorithm for
+            large-scale nonlinear programming", Math. Program. 106, 2006: equation 7 (weight), section 2.3 (filter),
+            2.4 (corrections), 3.3 (restoration).
     """
 
     atol: float | None = None

@@ -118,14 +118,14 @@ class Watch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         slides, doubts = ctx.saved_tensors
-        (reported,) = vmapped(lambda c: (_Report.apply(c, slides, doubts, True),), cotangents)
+        (reported,) = vmapped(lambda c: (_Report.apply(c, slides, doubts, True, 1),), cotangents)
         return reported, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         refuse_nested_forward()
         slides, doubts = ctx.saved_tensors
-        return _Report.apply(tangents[0], slides, doubts, False)
+        return _Report.apply(tangents[0], slides, doubts, False, 1)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
@@ -149,16 +149,20 @@ REASONS = (
 
 
 class _Report(torch.autograd.Function):
-    """A cotangent or tangent itself; ``forward`` sees plain tensors and warns."""
+    """A cotangent or tangent itself; ``forward`` sees plain tensors and warns.
+
+    ``copies`` rows in a row belong to one program: one for each cotangent or tangent.
+    """
 
     @staticmethod
-    def forward(value: Tensor, slides: Tensor, doubts: Tensor, transposed: bool) -> Tensor:
+    def forward(value: Tensor, slides: Tensor, doubts: Tensor, transposed: bool, copies: int) -> Tensor:
         used = (value != 0).any(1)
         loose = (slides.abs() > 1e-8).any(2).any(1)
         if transposed:  # only what depends on an undetermined direction is in doubt
             along = (value[:, None] @ slides)[:, 0].abs() > 1e-8 * torch.linalg.vector_norm(value, dim=1)[:, None]
             loose = along.any(1)
         found = torch.cat([doubts & used[:, None], (loose & used)[:, None]], 1)
+        found = found.unflatten(0, (-1, copies)).any(1)
         if bool(found.any()):
             for reason, column in zip(REASONS, found.unbind(1), strict=True):
                 if bool(column.any()):
@@ -171,7 +175,7 @@ class _Report(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return cotangents[0], None, None, None
+        return cotangents[0], None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -179,12 +183,18 @@ class _Report(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+        # More programs come in front; more cotangents of the same programs next to each other.
+        copies, place = args[4], 1 if in_dims[2] is None else 0
+        if place:
+            copies *= info.batch_size
         rows = [
-            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+            t.unsqueeze(place).expand(*t.shape[:place], info.batch_size, *t.shape[place:])
+            if d is None
+            else t.movedim(d, place)
             for t, d in zip(args[:3], in_dims[:3], strict=True)
         ]
-        found = _Report.apply(*[row.flatten(0, 1) for row in rows], args[3])
-        return found.unflatten(0, rows[0].shape[:2]), 0
+        found = _Report.apply(*[row.flatten(0, 1) for row in rows], args[3], copies)
+        return found.unflatten(0, rows[0].shape[:2]), place
 
 
 def listed(flags: Tensor) -> str:

@@ -51,30 +51,45 @@ class Data:
 
 @dataclass(frozen=True)
 class Scale:
-    """Factors of the rows, ``(batch, rows)``, and of the objective, ``(batch,)``."""
+    """Factors of the rows, ``(batch, rows)``, and of the objective, ``(batch,)``, and the unit of x, ``(batch,)``.
+
+    The objective's is for x in its own units; the program's is that over ``unit``.
+    """
 
     row: Tensor
     objective: Tensor
+    unit: Tensor
+
+    def multiplier(self, multiplier: Tensor) -> Tensor:
+        """Multipliers of the arguments from those of the program."""
+        return multiplier * self.row * (self.unit / self.objective)[:, None]
 
 
 def scaled(data: Data) -> tuple[Program, Scale]:
-    """Rows of length one, and an objective divided by the largest entry of Q, or of q where Q is zero."""
+    """Rows of length one, x in units of the largest right-hand side, and an objective divided by its largest entry.
+
+    That is the largest entry of Q, or of q where Q is zero. Right-hand sides above one leave x as it is: they are
+    often mere safeguards, far from every solution.
+    """
     C, d = data.rows()
     Q, q = data.symmetric(), data.q.expand(data.batch, -1)
     row = _inverse(torch.linalg.vector_norm(C, dim=2))
-    bend = Q.abs().amax((1, 2))
-    factor = torch.where(bend > 0, _inverse(bend), _inverse(q.abs().amax(1)))
     present = d.isfinite()
+    d = torch.where(present, row * d, 0.0)
+    reach = d.abs().amax(1) if d.shape[1] else torch.zeros_like(q[:, 0])
+    unit = torch.where(reach > 0, reach, 1.0).clamp(max=1.0)
+    bend = Q.abs().amax((1, 2))
+    factor = torch.where(bend > 0, _inverse(bend), _inverse(q.abs().amax(1)) * unit)
     program = Program(
         Q=_inverse(bend)[:, None, None] * Q,
-        q=factor[:, None] * q,
+        q=(factor / unit)[:, None] * q,
         C=row[..., None] * C,
-        d=torch.where(present, row * d, 0.0),
+        d=d / unit[:, None],
         present=present,
         equalities=data.counts[0],
         bounds=data.counts[2] + data.counts[3],
     )
-    return program, Scale(row.expand(data.batch, -1), factor)
+    return program, Scale(row.expand(data.batch, -1), factor, unit)
 
 
 def _inverse(size: Tensor) -> Tensor:

@@ -64,6 +64,19 @@ class QPSolution:
         return describe(self.codes)
 
 
+MEANINGS = {
+    Status.NONFINITE: "an argument is NaN or infinite, and so is what is returned",
+    Status.INFEASIBLE: "no point satisfies the constraints; the least infeasible one is returned, and the multipliers "
+    "prove it",
+    Status.UNBOUNDED: "the objective falls for ever along .ray; a feasible point is returned. Add bounds, or check the "
+    "sign of the objective",
+    Status.STALLED: "no further progress is possible at this precision; the best point found is returned. Scale the "
+    "program, use float64, or loosen atol",
+    Status.STEP_LIMIT: "max_steps was used up; the best point found is returned. Raise max_steps",
+}
+"""What a status means here, where it is not what it means of an iteration."""
+
+
 def describe(codes: Tensor) -> str:
     """Each outcome that occurs, with the elements it occurs at unless it is success."""
     values: Sequence[int] = codes.reshape(-1).tolist()
@@ -73,7 +86,8 @@ def describe(codes: Tensor) -> str:
         chosen = ", ".join(map(str, where[:5])) + (f" and {len(where) - 5} more" if len(where) > 5 else "")
         prefix = "" if len(values) == 1 else f"{len(where)} of {len(values)} elements"
         prefix += f" ({chosen}): " if prefix and code != CONVERGED else ": " if prefix else ""
-        parts.append(f"{prefix}{CODES[code].name}: {CODES[code].value}")
+        status = CODES[code]
+        parts.append(f"{prefix}{status.name}: {MEANINGS.get(status, status.value)}")
     return "; ".join(parts)
 
 

@@ -46,14 +46,15 @@ def solve_data(task: Task, data: Data, guess: Tensor | None) -> QPSolution:
     """Solve, and connect the solution to the arguments."""
     blank = torch.zeros(1, 0, dtype=torch.bool, device=data.q.device) if guess is None else guess
     found = Solve.apply(task, blank, *data.tensors)
-    x, multiplier, active, ray, residual, codes, steps, row, objective, index, valid, null, doubts = found
+    x, multiplier, active, ray, residual, codes, steps, row, objective, unit, index, valid, null, doubts = found
     if task.differentiable:
         good = codes == CONVERGED
-        values = Found(x, multiplier, Scale(row, objective), index, valid, null, good)
+        values = Found(x, multiplier, Scale(row, objective, unit), index, valid, null, good)
         x, multiplier = (follow_projection if task.projection else follow)(data, values)
         n = x.shape[1]
         moves = tracked(data.A, data.b, data.G, data.h, data.lower, data.upper)
-        columns = [doubts[:, 0], doubts[:, 1] & moves, ~good]
+        weak = doubts[:, 0] | (doubts[:, 2] & tracked(data.lower, data.upper))
+        columns = [weak, doubts[:, 1] & moves, ~good]
         both = Watch.apply(
             torch.cat([x, multiplier], 1), _slides(null, n, multiplier.shape[1]), torch.stack(columns, 1)
         )
@@ -121,27 +122,26 @@ class Solve(torch.autograd.Function):
         outcome = solve_program(part, dual, task.max_steps, expanded)
         if not whole:
             outcome = _restore(program, good, outcome)
-        outcome = _certified(task, program, data, scale, outcome)
+        final, residual = _certified(task, program, data, scale, outcome)
         if task.differentiable:
             index, valid = gather(outcome.active)
             rows = select(program.C, index, valid)
-            null = _kernel(task, program, rows, valid, outcome.code)
-            doubts = _doubts(program, outcome, null)
+            null = _kernel(task, program, rows, valid, final.code)
+            doubts = _doubts(program, outcome, null, data.counts)
         else:
             index, valid = gather(outcome.active[:, :0])
             null, doubts = program.q.new_zeros(data.batch, program.n, 0), outcome.active[:, :0]
-        multiplier = outcome.multiplier * scale.row / scale.objective[:, None]
-        residual = measure(data, outcome.x, multiplier)
         return (
-            outcome.x,
-            multiplier,
-            outcome.active,
-            outcome.ray,
+            final.x,
+            final.multiplier,
+            final.active,
+            final.ray,
             residual,
-            outcome.code,
-            outcome.steps,
+            final.code,
+            final.steps,
             scale.row.clone(),
             scale.objective.clone(),
+            scale.unit.clone(),
             index,
             valid,
             null,
@@ -160,7 +160,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
-        return (None,) * 13
+        return (None,) * 14
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -193,38 +193,56 @@ def measure(data: Data, x: Tensor, multiplier: Tensor) -> Tensor:
     return torch.stack([stationarity, feasibility, torch.maximum(largest(product_), largest(wrong)) / size], 1)
 
 
-def _certified(task: Task, program: Program, data: Data, scale: Scale, outcome: Outcome) -> Outcome:
-    """CONVERGED only where the residuals say so; raise for failures."""
-    multiplier = outcome.multiplier * scale.row / scale.objective[:, None]
-    residual = measure(data, outcome.x, multiplier)
+def _certified(task: Task, program: Program, data: Data, scale: Scale, outcome: Outcome) -> tuple[Outcome, Tensor]:
+    """The outcome in the units of the arguments, CONVERGED only where its residuals say so; raise for failures."""
+    unit, settled = scale.unit[:, None], _settled(program, outcome)
+    outcome = replace(outcome, x=unit * outcome.x, multiplier=scale.multiplier(outcome.multiplier))
+    residual = measure(data, outcome.x, outcome.multiplier)
     eps = torch.finfo(program.q.dtype).eps
     atol = task.atol if task.atol is not None else (1e-8 if eps < 1e-10 else 1e-4)
-    rounding = torch.full_like(residual[:, 0], 64 * eps)
+    rounding = 64 * eps * scale.unit
     if program.rows:  # of the longest row
-        rounding = rounding * (1 + largest(outcome.x)) / scale.row.amin(1)
-    allowed = torch.stack([torch.full_like(rounding, atol), rounding.clamp(min=atol), rounding.clamp(min=atol)], 1)
-    close = (residual <= allowed).all(1)
+        rounding = 64 * eps * (scale.unit + largest(outcome.x)) / scale.row.amin(1)
+    # Gaps are lengths, and what counts as small is relative to the unit of x.
+    gap = torch.maximum(rounding, atol * scale.unit)
+    close = (residual <= torch.stack([torch.full_like(gap, atol), gap, gap], 1)).all(1)
     code = torch.where((outcome.code == CONVERGED) & ~close, STALLED, outcome.code)
-    unsure = (outcome.code != CONVERGED) & close & (outcome.code != NONFINITE)
+    unsure = (outcome.code != CONVERGED) & close & settled & (outcome.code != NONFINITE)
     code = torch.where(unsure & (outcome.ray == 0).all(1), CONVERGED, code)
     outcome = replace(outcome, code=code)
     if task.raises and any(c in task.raises for c in code.unique().tolist()):
-        value = (outcome.x * (product(data.symmetric(), outcome.x) / 2 + data.q)).sum(1)
-        found = _pack(data, outcome.x, multiplier, outcome.active, outcome.ray, residual, code, outcome.steps, value)
+        x = outcome.x
+        value = (x * (product(data.symmetric(), x) / 2 + data.q)).sum(1)
+        found = _pack(data, x, outcome.multiplier, outcome.active, outcome.ray, residual, code, outcome.steps, value)
         raise SolveError(describe(code), _squeeze(found) if task.single else found)
     if task.projection and bool(((code == STALLED) | (code == STEP_LIMIT)).any()):
         warnings.warn(f"projection: {describe(code)}", ConvergenceWarning, stacklevel=2)
-    return outcome
+    return outcome, residual
 
 
-def _doubts(program: Program, outcome: Outcome, null: Tensor) -> Tensor:
-    """Whether constraints are active without force, and whether active rows are dependent, ``(batch, 2)``."""
-    tolerance = torch.finfo(program.q.dtype).eps ** (1 / 3)
-    gap, multiplier = program.gap(outcome.x), outcome.multiplier
-    near = gap.abs() <= tolerance * (1 + largest(outcome.x))[:, None]
+def _settled(program: Program, outcome: Outcome) -> Tensor:
+    """Whether what is left of the gradient of the Lagrangian is small against the objective, even where x is large."""
+    x, curve = outcome.x, program.curve(outcome.x)
+    left = (x * program.slope(x, outcome.multiplier)).sum(1).abs()
+    return left <= torch.finfo(x.dtype).eps ** 0.25 * ((x * curve).abs() + (x * program.q).abs()).sum(1)
+
+
+def _doubts(program: Program, outcome: Outcome, null: Tensor, counts: tuple[int, int, int, int]) -> Tensor:
+    """``(batch, 3)``: whether constraints are active without force, apart from bounds that meet; whether active rows
+    are dependent; and whether such bounds are without force."""
+    eps = torch.finfo(program.q.dtype).eps
+    gap, multiplier, reach = program.gap(outcome.x), outcome.multiplier, (1 + largest(outcome.x))[:, None]
+    near = gap.abs() <= eps ** (1 / 3) * reach
     force = largest(program.curve(outcome.x)) + largest(program.q) + largest(multiplier)
-    weak = near & (multiplier.abs() <= tolerance * force[:, None]) & program.present & ~program.free
-    return torch.stack([weak.any(1), (null[:, program.n :].abs() > 1e-8).any(2).any(1)], 1)
+    weak = near & (multiplier.abs() <= eps ** (1 / 3) * force[:, None]) & program.present & ~program.free
+    met = torch.zeros_like(weak)
+    if counts[2] and counts[3]:
+        (upper, lower), both = gap[:, -2 * counts[3] :].chunk(2, 1), program.present[:, -2 * counts[3] :].chunk(2, 1)
+        # Only one of the two has a force, and the variable stays all the same.
+        pair = ((upper + lower).abs() <= 64 * eps * reach) & both[0] & both[1]
+        met[:, -2 * counts[3] :] = torch.cat([pair, pair], 1)
+    dependent = (null[:, program.n :].abs() > 1e-8).any(2).any(1)
+    return torch.stack([(weak & ~met).any(1), dependent, (weak & met).any(1)], 1)
 
 
 def _kernel(task: Task, program: Program, rows: Tensor, valid: Tensor, code: Tensor) -> Tensor:

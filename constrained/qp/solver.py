@@ -98,7 +98,8 @@ def _explain(program: Program, outcome: Outcome, index: Tensor) -> Outcome:
     part, eps = program.take(index), torch.finfo(program.q.dtype).eps
     nearest, weight = least_violation(part)
     size = 1 + largest(nearest)
-    proved = largest(part.pull(weight)) * size <= eps**0.25 * weight.square().sum(1)
+    pull = largest(part.pull(weight))  # zero in exact arithmetic
+    proved = (pull * size <= eps**0.25 * weight.square().sum(1)) | (pull <= 4 * eps * size)
     violated = (largest(weight) > eps**0.5 * size) & proved
     ray = steepest_ray(part)
     feasible = largest(weight) <= eps**0.5 * size
@@ -180,8 +181,7 @@ def steepest_ray(program: Program, max_steps: int = 100) -> Tensor:
     )
     found, _ = interior_point(cone, max_steps)
     point = polish(cone, _point(cone, found))
-    # A direction counts only as far as it is one.
-    # A curvature above rounding would stop the fall.
+    # A direction counts only as far as it is one: a curvature above rounding would stop the fall.
     straight = largest(program.curve(point.x)) <= 64 * n * eps * largest(program.Q.flatten(1)) * largest(point.x)
     out = largest(torch.where(program.free, program.multiply(point.x), program.multiply(point.x).clamp(min=0)))
     return torch.where((straight & (out <= eps**0.5 * largest(point.x)))[:, None], point.x, 0.0)

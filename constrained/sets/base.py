@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,6 +106,15 @@ def mismatch(field: str, value: Tree, point: Tree, name: str, cure: str) -> Valu
     return ValueError(f"{field} has the entries {given}, which do not match those of {name} ({found}): {cure}")
 
 
+def not_a_tensor(name: str, value: Any, expected: str) -> TypeError:
+    """The error for a leaf that is none, with how to make one of it."""
+    if isinstance(value, np.ndarray):
+        return TypeError(f"{name} is a numpy array: {expected}; torch.from_numpy({name}) is one")
+    if isinstance(value, Real) and not isinstance(value, bool):
+        expected += f", such as torch.tensor({float(value)!r}); a list of numbers becomes one by torch.tensor([...])"
+    return TypeError(f"{name} = {value!r}: {expected}")
+
+
 def spread(field: str, value: Bound, point: Tree, name: str) -> list[Any]:
     """The entry of ``value`` for each leaf of ``point``, in the order of its leaves."""
     if tree.structure(value).is_leaf():
@@ -113,6 +123,8 @@ def spread(field: str, value: Bound, point: Tree, name: str) -> list[Any]:
         return tree.aligned_leaves(value, tree.structure(point))
     except ValueError as error:
         cure = "give one value for all leaves, or one under each of the same keys"
+        if isinstance(value, list | tuple) and all(isinstance(v, Real) for v in tree.leaves(value)):
+            cure += "; for the entries of one tensor give torch.tensor([...])"
         raise mismatch(field, value, point, name, cure) from error
 
 
@@ -148,7 +160,7 @@ def check_values(field: str, values: Bound, refused: tuple[float, ...], cure: st
         if isinstance(entry, Tensor) and not entry.is_floating_point():
             raise TypeError(f"{field}{path} has dtype {entry.dtype}: convert it to the dtype of the point")
         if isinstance(entry, bool) or not isinstance(entry, (Tensor, Real)):
-            raise TypeError(f"{field}{path} = {entry!r}: give a number, a floating-point tensor or None")
+            raise not_a_tensor(f"{field}{path}", entry, "give a number, a floating-point tensor or None")
         entry = torch.as_tensor(entry)
         for bad, found in [(math.nan, entry.isnan()), *((value, entry == value) for value in refused)]:
             if bool(found.any()):
