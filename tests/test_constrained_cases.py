@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacrev
 
-import bilevel.cli
 import problems
 from constrained import ConstrainedProblem, Multipliers
 from implicit import Status, tree
@@ -285,8 +284,3 @@ def test_the_registry_keeps_the_two_kinds_apart() -> None:
     with pytest.raises(ValueError, match="kind must be"):
         problems.entries("convex")
     assert isinstance(problems.case("HS7").multipliers_star, Multipliers)
-
-
-def test_the_command_line_explains_constrained_cases(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bilevel.cli.main(["run", "hs7"]) == 2
-    assert "case hs7 is a constrained problem" in capsys.readouterr().err
