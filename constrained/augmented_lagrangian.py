@@ -14,6 +14,7 @@ from constrained.lagrangian import Lagrangian, Point
 from constrained.method import ConstrainedMethod, ConstrainedState
 from constrained.residual import KKTResidual, measure, violation
 from constrained.rounding import excess
+from constrained.unbounded import unbounded_below
 from implicit import Dense, Status
 from implicit.iterate import Values
 from implicit.random import copy_generator
@@ -23,7 +24,6 @@ _PROBES = 8  # random vectors that estimate the norms of the constraints' gradie
 _DOUBT = 1e6  # growth of the penalty after which the constraints themselves are looked at
 _PATIENCE = 8  # steps in a row that neither lower the residual nor leave a minimization that falls
 _FALL = 1e-4  # of the value, which a minimization that needs more steps must fall by
-_DEPTH = 1e16  # times the size of f and its slope at the start: a value as far below zero counts as unbounded
 
 
 @dataclass(kw_only=True)
@@ -149,7 +149,7 @@ class AugmentedLagrangian(ConstrainedMethod[AugmentedState]):
             penalty=penalty,
             tolerance=_FIRST_TOLERANCE if problem.constraints else 0.5 * self.atol,
             radius=1.0 + float(torch.linalg.vector_norm(x)),
-            floor=_floor(problem, point) if finite else -math.inf,
+            floor=unbounded_below(problem, point),
             examined=penalty.clone(),
         )
 
@@ -297,7 +297,7 @@ class AugmentedLagrangian(ConstrainedMethod[AugmentedState]):
 
 def _first_point(problem: Lagrangian, x0: Tensor) -> Point:
     """The nearest point in the bounds; well inside them where the problem has no derivatives at that."""
-    x = torch.minimum(torch.maximum(x0, problem.lower), problem.upper)
+    x = problem.clip(x0)
     point = problem.at(x)
     if _differentiable(point):
         return point
@@ -311,13 +311,6 @@ def _differentiable(point: Point) -> bool:
         return False
     pulled = point.jacobian.T @ torch.ones_like(point.constraints) if len(point.constraints) else point.gradient
     return bool(torch.isfinite(pulled).all())
-
-
-def _floor(problem: Lagrangian, point: Point) -> float:
-    """A value that counts as unbounded; none where every variable has two bounds."""
-    if bool((torch.isfinite(problem.lower) & torch.isfinite(problem.upper)).all()):
-        return -math.inf
-    return -_DEPTH * max(1.0, abs(float(point.objective)), float(point.gradient.abs().amax()))
 
 
 def _row_norms(problem: Lagrangian, point: Point) -> Tensor:

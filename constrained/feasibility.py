@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from constrained.lagrangian import Lagrangian, Point
-from constrained.multiplier_estimate import constraint_sizes
 from constrained.newton_direction import DirectionFinder
+from constrained.scaling import row_sizes
 from implicit import Diagonal
 
 ARMIJO = 1e-4
@@ -66,7 +66,7 @@ def feasibility_step(
         moved = _along_negative_curvature(problem, point, weights, gradient) if problem.dense else None
         found, length = moved or (None, 0.0)
         return FeasibilityStep(found, length, damping, measure, moved is None, 0)
-    unit = float((weights * constraint_sizes(point)).amax()) ** 2
+    unit = float((weights * row_sizes(point)).amax()) ** 2
     p, growth, linear_steps = max(damping or FIRST_DAMPING * unit, SMALLEST_DAMPING * unit), TIGHTEN, 0
     model = point.hessian(weights**2 * c, 0.0) if curved else Diagonal(torch.zeros_like(gradient))
     rhs = torch.cat([torch.zeros_like(gradient), -c])

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from constrained.kkt_preconditioner import ProbedKKT, prepare
 from constrained.kkt_system import KKTSystem
+from constrained.lagrangian import Lagrangian
 from implicit import (
     CG,
     GMRES,
@@ -31,7 +33,6 @@ DENSE = 2_000
 DENSE_IF_SPARSE = 400
 """The same where the parts are sparse: below this, the dense factorisation is no slower."""
 REFINEMENTS = 4
-MINRES_STEPS = 5_000
 EQUILIBRATIONS = 6
 
 
@@ -72,7 +73,7 @@ class InertiaCorrection:
 
     Args:
         linear_solver: None takes :class:`implicit.LDLT` up to 2,000 rows (400 where the parts are sparse),
-            :class:`implicit.SparseLU` for larger sparse parts and :class:`implicit.MINRES` else.
+            :class:`implicit.SparseLU` for larger sparse parts and :class:`constrained.ProbedKKT` else.
         first: p at the first attempt of all.
         smallest, largest: limits of p > 0. Beyond the largest the correction has failed.
         decrease: what the last p is multiplied by for a first attempt.
@@ -150,12 +151,13 @@ class InertiaCorrection:
         own = self.dual if dual is None else dual
         shifts = _Shifts(self, last, start)
         n, dual_shift, attempts = hessian.shape[0], 0.0, 0
+        tried: CorrectedKKT | None = None
         while True:
             top = (rhs.new_zeros(n) if diagonal is None else diagonal) + shifts.value
             bottom = rhs.new_zeros(len(rhs) - n) + dual_diagonal + dual_shift
             system = KKTSystem(hessian, jacobian, diagonal=top, dual_shift=bottom)
             scale = torch.cat([top, bottom])
-            tried = CorrectedKKT(self, system, rhs, scale, (shifts.value, dual_shift, last))
+            tried = CorrectedKKT(self, system, rhs, scale, (shifts.value, dual_shift, last), tried)
             attempts += 1
             tried.attempts = attempts
             if tried.success or not tried.finite:
@@ -206,6 +208,7 @@ class CorrectedKKT:
         rhs: Tensor,
         diagonal: Tensor,
         shifts: tuple[float, float, float],
+        before: "CorrectedKKT | None" = None,
     ) -> None:
         self.system, (self.primal, self.dual, last) = system, shifts
         self.last = self.primal or last
@@ -214,7 +217,7 @@ class CorrectedKKT:
         self.step, self.success, self.singular, self.blames_constraints = torch.zeros_like(rhs), False, False, False
         self._solver, self._solved = rule.linear_solver or default_solver(system), False
         self._scaled, self._scale = _equilibrated(system, self._solver, diagonal)
-        self._prepared: Any = self._solver.init(self._scaled)
+        self._prepared: Any = prepare(self._solver, self._scaled, None if before is None else before._prepared)
         self.finite = bool(torch.isfinite(rhs).all()) and getattr(self._prepared, "finite", True)
         if not self.finite:
             return
@@ -268,12 +271,22 @@ class CorrectedKKT:
 
 
 def default_solver(system: KKTSystem) -> LinearSolver:
-    """LDL^T where the matrix is small or dense, sparse LU where it is sparse, MINRES else."""
+    """LDL^T where the matrix is small or dense, sparse LU where it is sparse, :class:`ProbedKKT` else."""
     if system.size > DENSE_IF_SPARSE and system.to_sparse() is not None:
         return SparseLU()
     if isinstance(system.hessian, Dense) or system.size <= DENSE:
         return LDLT()
-    return MINRES(max_steps=MINRES_STEPS)
+    return ProbedKKT()
+
+
+def solver_for(problem: Lagrangian, x: Tensor) -> LinearSolver:
+    """:func:`default_solver` of the system at x; derivatives are evaluated where their kind is not known before."""
+    declared = problem.problem
+    supplied = declared.equality_jacobian or declared.inequality_jacobian or declared.has_hessian
+    if problem.n + problem.constraints <= DENSE_IF_SPARSE or (problem.dense and not supplied):
+        return LDLT()
+    point = problem.at(x)
+    return default_solver(KKTSystem(point.hessian(torch.zeros_like(point.constraints)), point.jacobian))
 
 
 class _Scaled(LinearOperator):
@@ -303,7 +316,7 @@ def _equilibrated(system: KKTSystem, solver: LinearSolver, diagonal: Tensor) -> 
             usable = (size > 0) & torch.isfinite(size)
             scale = scale * torch.exp2(torch.round(-0.5 * torch.log2(torch.where(usable, size, 1.0))))
         return Dense(scale[:, None] * matrix * scale, symmetric=True, positive_definite=False), scale
-    if isinstance(solver, SparseLU):  # equilibrates by itself
+    if isinstance(solver, SparseLU | ProbedKKT):  # they equilibrate by themselves
         return system, torch.ones_like(system.like)
     scale = torch.exp2(torch.round(-0.5 * torch.log2(diagonal.abs().clamp(min=1.0))))
     return _Scaled(system, scale), scale

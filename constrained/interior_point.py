@@ -20,6 +20,7 @@ from constrained.residual import measure
 from constrained.residual import violation as largest_violation
 from constrained.restoration import LeastSquares, Restoration, RestorationModel, begin_l1, begin_squares, leave
 from constrained.rounding import excess
+from constrained.unbounded import unbounded_below
 from implicit import LinearSolver, Status
 from implicit.iterate import Values
 
@@ -30,7 +31,6 @@ SOFT_STEPS = 10
 VISITS = 50
 SMALL_STEP = 1e-12
 SMALL_STEPS = 15
-UNBOUNDED = 1e16
 NO_INTERIOR = 1e8
 STATIONARY = 1e-8
 POLISHING = 5
@@ -98,7 +98,7 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
         atol: the largest :class:`constrained.KKTResidual` that counts as solved; None means 1e-8 in float64 and 1e-4
             in float32.
         linear_solver: for the Newton systems; None takes :class:`implicit.LDLT`, :class:`implicit.SparseLU` or
-            :class:`implicit.MINRES` by size and structure.
+            :class:`constrained.ProbedKKT` by size and structure.
         barrier: the first mu. A start with ``multipliers`` begins lower, in proportion to its KKT residual.
         decrease, power: mu becomes ``min(decrease mu, mu^power)``.
 
@@ -144,7 +144,6 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
         main.filter.limit(violation(evaluation))
         size, k, m = model.size, len(main.z), model.m
         zeros = torch.zeros_like(x0)
-        compact = bool((torch.isfinite(problem.lower) & torch.isfinite(problem.upper)).all())
         state = InteriorPointState(
             x=evaluation.point.x,
             equality=x0.new_zeros(problem.equalities),
@@ -157,7 +156,7 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
             inner=_blank(x0, size + 2 * m, m, k + 2 * m),
             squares=_blank(x0, size + m, m, k),
             reference=x0.new_zeros(size),
-            floor=-torch.inf if compact else -UNBOUNDED * _magnitude(evaluation),
+            floor=unbounded_below(problem, evaluation.point),
         )
         state.verdict = "" if evaluation.finite else "NONFINITE"
         self._publish(problem, model, state, evaluation)
@@ -395,12 +394,6 @@ class InteriorPoint(ConstrainedMethod[InteriorPointState]):
             slope = slope.index_fill(0, model.free, 0.0)
             state.lower, state.upper = state.lower + slope.clamp(min=0.0), state.upper + (-slope).clamp(min=0.0)
         state.residual = float(measure(problem, point, state.multipliers).amax())
-
-
-def _magnitude(evaluation: ScaledEvaluation) -> float:
-    """The size of f and its slope where the run begins."""
-    point = evaluation.point
-    return max(1.0, abs(float(point.objective)), float(point.gradient.abs().amax())) if evaluation.finite else 1.0
 
 
 def _differentiable(newton: NewtonStep) -> bool:

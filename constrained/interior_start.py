@@ -8,38 +8,19 @@ from constrained.barrier_step import BarrierState
 from constrained.inertia import InertiaCorrection
 from constrained.lagrangian import Lagrangian, Point
 from constrained.multipliers import FlatMultipliers
-from constrained.residual import measure
+from constrained.residual import largest, measure
+from constrained.scaling import factors, row_sizes
 from implicit import Dense, Diagonal
 
 LARGE_MULTIPLIER = 1e3
-STEEP = 100.0
-SMALLEST_SCALE = 1e-8
 DAMPING = 1e-8
 WARM = 0.1
 CLOSEST = 1e-12
 
 
-def scales(lagrangian: Lagrangian, point: Point) -> Tensor:
-    """Factors for f and the constraints that bring slopes above 100 down to it, shape (1 + m,)."""
-    ones = point.x.new_ones(1 + lagrangian.constraints)
-    steepest = [point.gradient.abs().amax().reshape(1)]
-    jacobian = point.jacobian
-    if isinstance(jacobian, Dense):
-        steepest.append(jacobian.matrix.abs().amax(dim=1))
-    else:
-        matrix = jacobian.to_sparse()
-        if matrix is None:  # rows cannot be had for less than a product each
-            steepest.append(ones[1:])
-        else:
-            rows = torch.as_tensor(abs(matrix).max(axis=1).toarray().ravel(), dtype=ones.dtype, device=ones.device)
-            steepest.append(rows)
-    slopes = torch.nan_to_num(torch.cat(steepest), nan=1.0, posinf=1.0)
-    return torch.clamp(STEEP / slopes.clamp(min=STEEP), min=SMALLEST_SCALE)
-
-
-def clip(lagrangian: Lagrangian, x: Tensor) -> Tensor:
-    """The nearest point within the bounds."""
-    return torch.minimum(torch.maximum(x, lagrangian.lower), lagrangian.upper)
+def scales(point: Point) -> Tensor:
+    """Factors for f and the constraints that bring steep ones down, shape (1 + m + p,)."""
+    return factors(torch.cat([largest(point.gradient)[None], row_sizes(point)]))
 
 
 def begin(lagrangian: Lagrangian, x0: Tensor, barrier: float) -> tuple[ScaledProblem, ScaledEvaluation, BarrierState]:
@@ -48,9 +29,9 @@ def begin(lagrangian: Lagrangian, x0: Tensor, barrier: float) -> tuple[ScaledPro
     slacks = x0.new_ones(lagrangian.inequalities)
     u = plain.sides.inside(torch.cat([x0[plain.free], slacks]))[: plain.n]
     point = lagrangian.at(plain.x(u))
-    nearest = clip(lagrangian, x0)
+    nearest = lagrangian.clip(x0)
     first = point if torch.equal(point.x, nearest) else lagrangian.at(nearest)
-    model = ScaledProblem(lagrangian, scales(lagrangian, first if first.finite else point))
+    model = ScaledProblem(lagrangian, scales(first if first.finite else point))
     slacks = -(model.constraint_scale * point.constraints)[lagrangian.equalities :]
     w = model.sides.inside(torch.cat([u, torch.nan_to_num(slacks)]))
     evaluation = ScaledEvaluation(model, w, point)
@@ -62,9 +43,9 @@ def begin_warm(
     lagrangian: Lagrangian, x0: Tensor, given: FlatMultipliers, least: float, most: float
 ) -> tuple[ScaledProblem, ScaledEvaluation, BarrierState]:
     """A start next to x0 and the given multipliers, with as small a barrier as their KKT residual allows."""
-    x0 = clip(lagrangian, x0)
+    x0 = lagrangian.clip(x0)
     point = lagrangian.at(x0)
-    model = ScaledProblem(lagrangian, scales(lagrangian, point))
+    model = ScaledProblem(lagrangian, scales(point))
     residual = float(measure(lagrangian, point, given).amax()) if point.finite else most
     mu = min(most, max(least, WARM * residual))
     scale = model.objective_scale

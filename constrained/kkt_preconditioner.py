@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -123,6 +124,13 @@ class ProbedKKT(LinearSolver):
         if not bool((better.residuals <= found.residuals).all()):
             return replace(found, steps=found.steps + better.steps)
         return replace(found, value=better.value, residuals=better.residuals, steps=found.steps + better.steps)
+
+
+def prepare(solver: LinearSolver, operator: LinearOperator, before: Any = None) -> Any:
+    """``solver.init(operator)``; ``before`` is what it returned for the same H and J with other shifts."""
+    if isinstance(solver, ProbedKKT):
+        return solver.init(operator, before)
+    return solver.init(operator)
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """The matrix of a Newton step on the optimality conditions."""
 
+import functools
+
 import scipy.sparse
 import torch
 from torch import Tensor
@@ -71,6 +73,10 @@ class KKTSystem(LinearOperator):
 
     def to_sparse(self) -> scipy.sparse.csc_array | None:
         """The matrix in scipy's format where both parts are sparse, else None."""
+        return self._sparse
+
+    @functools.cached_property
+    def _sparse(self) -> scipy.sparse.csc_array | None:
         hessian = self.hessian.to_sparse()
         jacobian = (
             self.jacobian.to_sparse()

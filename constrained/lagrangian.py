@@ -65,6 +65,15 @@ class Lagrangian:
         """Whether any bound is finite."""
         return bool((torch.isfinite(self.lower) | torch.isfinite(self.upper)).any())
 
+    @functools.cached_property
+    def compact(self) -> bool:
+        """Whether every variable has two finite bounds."""
+        return bool((torch.isfinite(self.lower) & torch.isfinite(self.upper)).all())
+
+    def clip(self, x: Tensor) -> Tensor:
+        """The nearest point within the bounds."""
+        return torch.minimum(torch.maximum(x, self.lower), self.upper)
+
     def at(self, x: Tensor) -> "Point":
         """Values at x, shape (n,), from one evaluation; the derivatives follow when they are asked for."""
         return Point(self, x.detach())
@@ -196,7 +205,8 @@ class Point:
         if not own.constraints:
             return self.gradient
         if own.dense or supplied or "jacobian" in self.__dict__:
-            return self.gradient + self.jacobian.T @ multiplier
+            rows = self.jacobian
+            return self.gradient + (rows.matrix.T @ multiplier if isinstance(rows, Dense) else rows.T @ multiplier)
         return self.gradient + self._pull(self._constraints, multiplier)
 
     def hessian(self, multiplier: Tensor, weight: float = 1.0) -> LinearOperator:

@@ -33,14 +33,3 @@ def least_squares_multipliers(point: Point, limit: float = LARGEST) -> Tensor:
             found = LSMR(rtol=RTOL).solve(jacobian.T, rhs).value
     usable = bool(torch.isfinite(found).all()) and bool(largest(found) <= limit)
     return found if usable else rhs.new_zeros(jacobian.shape[0])
-
-
-def constraint_sizes(point: Point) -> Tensor:
-    """The largest entry of each row of J, shape (m,); ones where J is not written down."""
-    jacobian = point.jacobian
-    if isinstance(jacobian, Dense):
-        return jacobian.to_dense().abs().amax(dim=1)
-    sparse = jacobian.to_sparse()
-    if sparse is None:
-        return point.x.new_ones(jacobian.shape[0])
-    return torch.as_tensor(abs(sparse).max(axis=1).toarray().reshape(-1), dtype=point.x.dtype, device=point.x.device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from constrained.inertia import CorrectedKKT, InertiaCorrection
-from constrained.kkt_preconditioner import ProbedKKT
+from constrained.kkt_preconditioner import prepare
 from constrained.kkt_system import KKTSystem
 from constrained.sketch_solver import SketchAndProject
 from implicit import LinearOperator, LinearSolver, SparseLU
@@ -140,10 +140,8 @@ class _Iterative:
         self.prepared: Any
         if isinstance(solver, SketchAndProject):
             self.prepared = solver.init(system, finder.generator)
-        elif isinstance(solver, ProbedKKT) and before is not None:  # another shift changes neither H nor J
-            self.prepared = solver.init(system, before.prepared)
         else:
-            self.prepared = solver.init(system)
+            self.prepared = prepare(solver, system, None if before is None else before.prepared)
 
     def __call__(self, rhs: Tensor, start: Tensor | None, rtol: float) -> tuple[Tensor, int]:
         solver: Any = self.finder.solver

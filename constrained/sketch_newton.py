@@ -10,23 +10,23 @@ from torch import Tensor
 from constrained.accuracy import DELTA_FLOOR, accuracy_trial, relative_tolerance
 from constrained.escape import escape, negative_curvature
 from constrained.feasibility import FeasibilityStep, feasibility_step
-from constrained.inertia import require_kkt_solver
-from constrained.kkt_preconditioner import ProbedKKT
+from constrained.inertia import require_kkt_solver, solver_for
 from constrained.lagrangian import DENSE_LIMIT, Lagrangian, Point
 from constrained.line_search import LineSearch, Trial
 from constrained.merit import ExactAugmentedLagrangian, Slope, Terms
 from constrained.method import ConstrainedMethod, ConstrainedState, smallest_curvature
-from constrained.multiplier_estimate import LARGEST, constraint_sizes, least_squares_multipliers
+from constrained.multiplier_estimate import LARGEST, least_squares_multipliers
 from constrained.multipliers import FlatMultipliers
 from constrained.newton_direction import DirectionFinder, NewtonDirection
 from constrained.problem import Problem
 from constrained.residual import largest, measure
-from implicit import LDLT, LinearSolver, SparseLU, Status
+from constrained.rounding import excess
+from constrained.scaling import factors, row_sizes
+from constrained.unbounded import unbounded_below
+from implicit import LinearSolver, Status
 
 LARGEST_MU, SMALLEST_NU = 1e8, 1e-8
 """Penalties are no longer adapted beyond these."""
-GRADIENT_SIZE, SMALLEST_WEIGHT = 100.0, 1e-8
-"""Gradients larger than this at the start are scaled down to it (IPOPT's rule), by no more than the second."""
 INCONSISTENT = 0.1
 """Where the Newton step leaves more than this share of c, the linearised constraints contradict each other."""
 SHORT_STEP, TINY_STEP, PATIENCE = 0.125, 1e-3, 3
@@ -41,9 +41,7 @@ PROGRESS = 0.1
 HALVING = 0.5
 NEAR_SADDLE, ESCAPES = 1e-4, 5
 MEMORY = 5
-UNBOUNDED = 1e20
 TIGHTEST = 1e-12
-ROUNDINGS = 10.0
 
 
 @dataclass(kw_only=True)
@@ -62,6 +60,7 @@ class AdaSketchNewtonState(ConstrainedState):
         curved: whether its model has the curvature of the constraints.
         mark, since: their weighted violation when the model was last judged, and the steps since then.
         escapes: saddle points left behind.
+        floor: an objective below it counts as unbounded.
     """
 
     mu: float
@@ -81,6 +80,7 @@ class AdaSketchNewtonState(ConstrainedState):
     mark: float = 0.0
     since: int = 0
     escapes: int = 0
+    floor: float = -math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +106,15 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
     curvature. ``docs/algorithms/adasketch-newton.md`` gives the reasons and measurements.
 
     Ends CONVERGED at KKT points (minima to second order where matrices are formed), INFEASIBLE at stationary points of
-    ``|c|^2`` with c not zero, UNBOUNDED where f falls below -1e20 (or x exceeds 1e20) at points violated by less than
-    1e-4 relative to x, NONFINITE where functions or derivatives are no numbers, and STALLED where no step lowers M.
+    ``|c|^2`` with c not zero, UNBOUNDED where f falls below -1e16 times its size and slope at the start at points that
+    are violated by less than 1e-4 relative to x, NONFINITE where functions or derivatives are no numbers, and STALLED
+    where no step lowers M.
 
     Args:
         linear_solver: None takes :class:`implicit.LDLT` for up to 2,000 variables and constraints together (the
-            inertia is then known exactly), :class:`implicit.SparseLU` where the supplied derivatives are sparse, and
-            :class:`constrained.ProbedKKT` otherwise. :class:`constrained.SketchAndProject` is the paper's.
+            inertia is then known exactly; 400 where the derivatives are sparse), :class:`implicit.SparseLU` for larger
+            sparse ones, and :class:`constrained.ProbedKKT` otherwise. :class:`constrained.SketchAndProject` is the
+            paper's.
         mu, nu, delta: penalties and accuracy at the start; the paper's constants.
         xi_b: the paper's lower bound on the curvature of H + p I on the null space of G; for ``accuracy="theory"``.
         beta: Armijo's constant, in (0, 1/2).
@@ -184,7 +186,7 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         own = super().resolve(problem, *start, max_steps=max_steps)
         if own.accuracy == "theory" and not problem.dense:
             raise ValueError("accuracy='theory' needs the matrices' norms, which are not formed here; use 'relative'")
-        return own if own.linear_solver is not None else replace(own, linear_solver=_default_solver(problem, start[0]))
+        return own if own.linear_solver is not None else replace(own, linear_solver=solver_for(problem, start[0]))
 
     def init(self, problem: Lagrangian, *start: Any, generator: torch.Generator | None = None) -> AdaSketchNewtonState:
         """A state at ``start = (x0, multipliers)``, with scaling and multipliers from the derivatives there."""
@@ -193,8 +195,8 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         weight, weights = 1.0, torch.ones_like(point.constraints)
         multipliers = problem.flat_multipliers() if given is None else given
         if point.finite:
-            weight = _scale(largest(point.gradient)).item()
-            weights = _scale(constraint_sizes(point))
+            weight = factors(largest(point.gradient)).item()
+            weights = factors(row_sizes(point))
             if given is None:
                 multipliers = multipliers._replace(equality=least_squares_multipliers(point))
         return AdaSketchNewtonState(
@@ -207,6 +209,7 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
             delta=self.delta,
             objective_weight=weight,
             constraint_weights=weights,
+            floor=unbounded_below(problem, point),
         )
 
     def terminate(self, problem: Lagrangian, state: AdaSketchNewtonState) -> Status:
@@ -229,8 +232,7 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         """One Newton step, one step of restoration, or one away from a saddle point."""
         point = state.at(problem)
         values = self._feasibility(problem, state) if state.restoring else self._newton(problem, state)
-        lost = float(point.objective) <= -UNBOUNDED or float(largest(point.x)) >= UNBOUNDED
-        if lost and _barely_violated(point):
+        if float(point.objective) <= state.floor and _barely_violated(point):
             state.verdict = Status.UNBOUNDED.name
         end = state.at(problem)
         stationarity, feasibility, _ = measure(problem, end, state.multipliers).tolist()
@@ -262,7 +264,7 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
             return {"shift": found.shift, "linear_steps": found.linear_steps}
         if found.shift and state.residual <= NEAR_SADDLE and (left := self._escape(problem, state, merit, hessian)):
             return left
-        if found.dual_shift and self._inconsistent(state, point, found):
+        if found.dual_shift and self._inconsistent(problem, state, point, found):
             self._restore(state, point)
             return {**self._feasibility(problem, state), "linear_steps": found.linear_steps}
         if found.dual_shift:
@@ -271,7 +273,7 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         state.shift = found.last
         trial, search = self._search(problem, state, merit, found, slope, terms, rhs, rtol)
         values = {"shift": found.shift, "linear_steps": found.linear_steps, "rejected": rejected}
-        self._react(state, point, trial, search)
+        self._react(problem, state, point, trial, search)
         if trial is None:
             return values
         state.x, state.point = trial.point.x, trial.point
@@ -364,11 +366,18 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
             trial = search.extend(problem, start, step, slope, trial)
         return trial, search
 
-    def _react(self, state: AdaSketchNewtonState, point: Point, trial: Trial | None, search: LineSearch) -> None:
+    def _react(
+        self,
+        problem: Lagrangian,
+        state: AdaSketchNewtonState,
+        point: Point,
+        trial: Trial | None,
+        search: LineSearch,
+    ) -> None:
         """What follows from a step that was short, or found no point at all."""
         violation = float(largest(point.constraints))
         if trial is None:
-            if violation > self._smallest_violation(point):
+            if self._violated(problem, point):
                 self._restore(state, point)
             else:
                 state.verdict = Status.STALLED.name
@@ -381,11 +390,10 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         elif violation > BARELY_VIOLATED and (trial.length < TINY_STEP or state.short >= PATIENCE):
             self._restore(state, point)
 
-    def _smallest_violation(self, point: Point) -> float:
-        """What counts as none: atol, or the rounding of c, which is that of J x."""
+    def _violated(self, problem: Lagrangian, point: Point) -> bool:
+        """Whether constraints are violated by more than atol and rounding."""
         assert self.atol is not None
-        rounding = ROUNDINGS * torch.finfo(point.x.dtype).eps * constraint_sizes(point).amax() * largest(point.x)
-        return max(self.atol, float(rounding))
+        return excess(problem, point) > self.atol
 
     def _multipliers(self, state: AdaSketchNewtonState, merit: ExactAugmentedLagrangian, trial: Trial) -> Tensor:
         """Those of least squares where they lower M: a shifted system spoils its multipliers by the shift."""
@@ -399,11 +407,13 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         if bool(largest(multiplier + change) > LARGEST * largest(point.gradient).clamp(min=1.0)):
             found.step = torch.cat([d, torch.zeros_like(change)])
 
-    def _inconsistent(self, state: AdaSketchNewtonState, point: Point, found: NewtonDirection) -> bool:
+    def _inconsistent(
+        self, problem: Lagrangian, state: AdaSketchNewtonState, point: Point, found: NewtonDirection
+    ) -> bool:
         c, s = point.constraints, state.constraint_weights
         left = c + point.jacobian.flat_mv(found.step[: len(point.x)])
         sizes = [float(torch.linalg.vector_norm(s * v)) for v in (left, c)]
-        return float(largest(c)) > self._smallest_violation(point) and not sizes[0] <= INCONSISTENT * sizes[1]
+        return self._violated(problem, point) and not sizes[0] <= INCONSISTENT * sizes[1]
 
     def _escape(
         self, problem: Lagrangian, state: AdaSketchNewtonState, merit: ExactAugmentedLagrangian, hessian: Any
@@ -437,7 +447,7 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
         state.damping = found.damping
         values = {"step_length": found.length, "shift": found.damping, "linear_steps": found.linear_steps}
         if found.point is None:
-            self._judge(state, point, found)
+            self._judge(problem, state, point, found)
             return values
         state.x, state.point = found.point.x, found.point
         violation = float(torch.linalg.vector_norm(weights * found.point.constraints))
@@ -452,9 +462,9 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
             state.equality = least_squares_multipliers(found.point)
         return values
 
-    def _judge(self, state: AdaSketchNewtonState, point: Point, found: FeasibilityStep) -> None:
+    def _judge(self, problem: Lagrangian, state: AdaSketchNewtonState, point: Point, found: FeasibilityStep) -> None:
         """The verdict where the weighted violation cannot be lowered; infeasible is what holds without weights."""
-        violated = float(largest(point.constraints)) > self._smallest_violation(point)
+        violated = self._violated(problem, point)
         if not math.isfinite(found.stationarity):
             state.verdict = Status.NONFINITE.name
         elif violated and bool((state.constraint_weights != 1.0).any()):
@@ -466,19 +476,3 @@ class AdaSketchNewton(ConstrainedMethod[AdaSketchNewtonState]):
 
 def _barely_violated(point: Point) -> bool:
     return bool(largest(point.constraints) <= BARELY_VIOLATED * largest(point.x).clamp(min=1.0))
-
-
-def _scale(size: Tensor) -> Tensor:
-    return (GRADIENT_SIZE / size.clamp(min=GRADIENT_SIZE)).clamp(min=SMALLEST_WEIGHT)
-
-
-def _default_solver(problem: Lagrangian, x: Tensor) -> LinearSolver:
-    if problem.n + problem.constraints <= DENSE_LIMIT:
-        return LDLT()
-    declared = problem.problem
-    if declared.equality_jacobian is not None and declared.has_hessian:
-        point = problem.at(x)
-        parts = point.jacobian, point.hessian(torch.zeros_like(point.constraints))
-        if all(part.to_sparse() is not None for part in parts):
-            return SparseLU()
-    return ProbedKKT()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from constrained import AdaSketchNewton, InteriorPoint
 from constrained.inertia import CorrectedKKT, InertiaCorrection, default_solver
+from constrained.kkt_preconditioner import ProbedKKT
 from constrained.kkt_system import KKTSystem
 from implicit import CG, GMRES, LDLT, MINRES, Cholesky, Dense, LinearSolver, Neumann, Sparse, SparseLU, tree
 from tests.systems import normal
@@ -178,7 +179,7 @@ def test_the_solver_follows_size_and_structure() -> None:
             return None
 
     big = Big(Sparse(scipy.sparse.eye_array(3000, format="csr")), Dense(torch.ones(1, 3000), symmetric=False))
-    assert isinstance(default_solver(big), MINRES)
+    assert isinstance(default_solver(big), ProbedKKT)
     assert tree.size(big.like) == 3001
 
 

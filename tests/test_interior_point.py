@@ -16,6 +16,7 @@ from constrained.barrier import ScaledProblem, Sides
 from constrained.barrier_step import BarrierState, NewtonStep, Trial, barrier_error, longest
 from constrained.filter import Filter
 from constrained.inertia import InertiaCorrection
+from constrained.interior_start import begin_warm
 from constrained.restoration import WEIGHT, LeastSquares, Restoration, elastic
 from constrained.rounding import excess, rounding
 from implicit import MINRES, LinearSolver, SolveError, SparseLU, Status
@@ -801,6 +802,27 @@ def test_large_units_of_x_do_not_make_a_feasible_problem_infeasible() -> None:
     problem = ConstrainedProblem(objective=lambda x: x[0] / unit, equality=rows, lower=t(-INF, 0.0, 0.0))
     found = solved(problem, unit * t(-2.0, 3.0, 1.0))
     torch.testing.assert_close(found.x / unit, t(1.0, 0.0, 0.5), rtol=0, atol=1e-8)
+
+
+def test_multipliers_of_steep_functions_are_in_their_own_units() -> None:
+    """All functions have slopes above 100 and are scaled: 1000 x_1 + 1000 l = 0, 1000 x_0 + 1000 l + 1e4 v = 0."""
+    problem = ConstrainedProblem(
+        objective=lambda x: 500 * (x**2).sum() + 700 * x[2],
+        equality=lambda x: 1e3 * (x[0] + x[1] - 2),
+        inequality=lambda x: 1e4 * (x[0] - 0.5),
+        lower=t(-INF, -INF, 0.0),
+    )
+    found = solved(problem, t(1.0, 3.0, 1.0))
+    torch.testing.assert_close(found.x, t(0.5, 1.5, 0.0), rtol=0, atol=1e-8)
+    rows = torch.stack([found.multipliers.equality, found.multipliers.inequality])
+    torch.testing.assert_close(rows, t(-1.5, 0.1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.multipliers.lower, t(0.0, 0.0, 700.0), rtol=1e-6, atol=1e-6)
+    # A start with these multipliers has them in the scaled problem: the gradient of its Lagrangian vanishes.
+    lagrangian = Lagrangian(problem, found.x)
+    given = lagrangian.flat_multipliers(*found.multipliers)
+    model, evaluation, state = begin_warm(lagrangian, found.x, given, 1e-9, 0.1)
+    assert model.objective_scale < 1 and bool((model.constraint_scale < 1).all())
+    assert float(model.lagrangian_gradient(evaluation, state.y, state.z).abs().amax()) <= 1e-6
 
 
 def test_wide_boxes_are_not_unbounded() -> None:

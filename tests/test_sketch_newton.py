@@ -179,7 +179,8 @@ def test_memory_is_linear_without_matrices(
     start = {name: torch.zeros(side, side) for name in ("w", "z")}
     dense = solve(problem, start)
     monkeypatch.setattr("constrained.lagrangian.DENSE_LIMIT", 0)
-    monkeypatch.setattr("constrained.sketch_newton.DENSE_LIMIT", 0)
+    monkeypatch.setattr("constrained.inertia.DENSE", 0)
+    monkeypatch.setattr("constrained.inertia.DENSE_IF_SPARSE", 0)
     with _Largest() as largest:
         found = solve(problem, start, AdaSketchNewton(linear_solver=solver))
     assert dense.success and found.success
@@ -529,7 +530,8 @@ def test_default_solver_follows_size_and_structure(monkeypatch: pytest.MonkeyPat
         hessian=lambda x, multiplier: torch.eye(4).to_sparse(),
     )
     assert isinstance(AdaSketchNewton().resolve(constrained.Lagrangian(problem, x), x).linear_solver, implicit.LDLT)
-    monkeypatch.setattr("constrained.sketch_newton.DENSE_LIMIT", 0)
+    monkeypatch.setattr("constrained.inertia.DENSE", 0)
+    monkeypatch.setattr("constrained.inertia.DENSE_IF_SPARSE", 0)
     large = constrained.Lagrangian(problem, x, dense=False)
     assert isinstance(AdaSketchNewton().resolve(large, x).linear_solver, constrained.ProbedKKT)
     large = constrained.Lagrangian(sparse, x, dense=False)

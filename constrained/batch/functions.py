@@ -58,6 +58,7 @@ class BatchFunctions:
         lower, upper: bounds of one element, shape (n,), infinite where there is none.
         free: one where they differ, zero where they fix a variable, shape (n,).
         bounded, fixed: whether there is any bound, and any that fixes a variable.
+        compact: whether every variable has two.
         like, constraint_like: one element's x, and its (h, c), as trees.
         leaves: of data and shared.
         in_dims: of x and those leaves, for ``torch.func.vmap``.
@@ -77,6 +78,7 @@ class BatchFunctions:
         self.free = (self.lower < self.upper).to(self.dtype)
         self.fixed = bool((self.lower >= self.upper).any())
         self.bounded = bool((torch.isfinite(self.lower) | torch.isfinite(self.upper)).any())
+        self.compact = bool((torch.isfinite(self.lower) & torch.isfinite(self.upper)).all())
         with torch.no_grad():
             one = [leaf[0] if i < self._rows else leaf for i, leaf in enumerate(self.leaves)]
             own = self.arguments(one)

@@ -21,6 +21,7 @@ from constrained.batch.functions import BatchFunctions, Derivatives, combine
 from constrained.batch.search import Step, enter, misfit, search, to_boundary
 from constrained.batch.system import System, gaps
 from constrained.method import default_atol
+from constrained.unbounded import DEPTH
 from implicit import IterativeMethod, State, Status
 from implicit.tree import Tree
 
@@ -241,8 +242,7 @@ def _judge(functions: BatchFunctions, e: Elements, d: Derivatives, finite: Tenso
     code = torch.where(minimum, CODE[Status.CONVERGED], code)
     code = torch.where(solved & ~minimum, CODE[Status.STALLED], code)
     code = torch.where(running & ~finite, CODE[Status.NONFINITE], code)
-    far = 1e10
-    down = e.objective < -far * e.first.abs().clamp(min=1.0)
+    down = (e.objective < -DEPTH * e.first.abs().clamp(min=1.0)) & (not functions.compact)
     feasible = broken <= 1e-6 * largest(e.x).clamp(min=1.0)
     code = torch.where(running & ~solved & down & feasible & ~e.restoring, CODE[Status.UNBOUNDED], code)
     return e._replace(code=code, saddle=e.saddle | (solved & ~minimum))
