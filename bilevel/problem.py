@@ -16,11 +16,16 @@ from implicit.tree import Tree
 
 Objective = Callable[..., Any]
 Metric = Callable[[Tree, Tree], Any]
+Constraint = Callable[[Tree, Tree], Any]
+CONSTRAINTS = ("lower_inequality", "lower_equality", "upper_inequality", "upper_equality")
 
 
 @dataclass(frozen=True)
 class BilevelProblem:
-    """``min over x in X of F(x) = f(x, y*(x))`` with ``y*(x) in argmin over y in Y of g(x, y)``.
+    """``min F(x) = f(x, y*(x))`` over x in X with ``G(x, y*) <= 0``, where ``y*(x)`` minimizes ``g(x, .)`` over y in Y
+    with ``c(x, y) <= 0`` and ``h(x, y) = 0``.
+
+    Where the lower level has several solutions, the one that is best for f counts (the optimistic problem).
 
     Args:
         upper: f(x, y), a scalar tensor, differentiable; or ``(f, aux)``.
@@ -30,6 +35,13 @@ class BilevelProblem:
             and keep the data term's Hessian between steps.
         upper_data, lower_data: :class:`Batches`; a level that declares data receives it: ``f(x, y, *, batch)``.
         upper_set, lower_set: closed convex sets X and Y from ``constrained``; the whole space by default.
+        lower_inequality: c(x, y), any tree of tensors, meant entry by entry: ``c <= 0`` (the opposite of scipy's dict
+            constraints). Rows without y are moved to the upper level.
+        lower_equality: h(x, y), likewise ``h = 0``.
+        upper_inequality, upper_equality: ``G(x, y) <= 0`` and ``H(x, y) = 0`` at the upper level.
+        joint_set: a set of pairs ``(x, y)`` that equals what all sets and constraints say together, where its
+            projection is known in closed form. It only serves projections.
+        formulation: ``"optimistic"``; the pessimistic problem is refused.
         metrics: named functions of (x, y) that need not be differentiable, evaluated for the record only.
         strong_convexity: the modulus mu of g in y, where it is known. It turns the accuracy report's estimates into
             bounds and sizes the penalty.
@@ -50,6 +62,12 @@ class BilevelProblem:
     lower_data: Batches | None = field(default=None, kw_only=True)
     upper_set: ConvexSet = field(default_factory=WholeSpace, kw_only=True)
     lower_set: ConvexSet = field(default_factory=WholeSpace, kw_only=True)
+    lower_inequality: Constraint | None = field(default=None, kw_only=True)
+    lower_equality: Constraint | None = field(default=None, kw_only=True)
+    upper_inequality: Constraint | None = field(default=None, kw_only=True)
+    upper_equality: Constraint | None = field(default=None, kw_only=True)
+    joint_set: ConvexSet | None = field(default=None, kw_only=True)
+    formulation: str = field(default="optimistic", kw_only=True)
     metrics: Mapping[str, Metric] = field(default_factory=dict, kw_only=True)
     strong_convexity: float | None = field(default=None, kw_only=True)
     name: str = field(default="problem", kw_only=True)
@@ -72,6 +90,17 @@ class BilevelProblem:
                 found = type(self.regularizer).__name__
                 raise TypeError(f"regularizer must be a function of (x, y), got {found}")
             _check_signature("regularizer", self.regularizer, False)
+        for name in CONSTRAINTS:
+            _check_constraint_function(name, getattr(self, name))
+        if self.joint_set is not None and not isinstance(self.joint_set, ConvexSet):
+            found = type(self.joint_set).__name__
+            raise TypeError(f"joint_set must be a set from constrained for pairs (x, y), got {found}")
+        if self.formulation != "optimistic":
+            raise ValueError(
+                f"formulation={self.formulation!r}: only 'optimistic' problems are solved, where of several lower "
+                "solutions the one that is best for upper counts. For a pessimistic problem make the lower solution "
+                "unique (add a small strongly convex term), or bound upper over the lower solutions yourself"
+            )
         for name, metric in self.metrics.items():
             if not callable(metric):
                 raise TypeError(f"metrics[{name!r}] must be a function of (x, y), got {type(metric).__name__}")
@@ -82,6 +111,19 @@ class BilevelProblem:
     def stochastic(self) -> bool:
         """Whether some level draws minibatches."""
         return any(d is not None and d.stochastic for d in (self.upper_data, self.lower_data))
+
+    @property
+    def constraints(self) -> tuple[str, ...]:
+        """Names of the constraint functions that are declared."""
+        return tuple(name for name in CONSTRAINTS if getattr(self, name) is not None)
+
+    def constraint(self, name: str, x: Tree, y: Tree) -> Tree:
+        """The values of a declared constraint, with errors that name it.
+
+        Raises:
+            TypeError, ValueError: if the call fails, or it returns anything but floating-point tensors.
+        """
+        return evaluate_constraint(getattr(self, name), name, x, y)
 
     @property
     def resumable(self) -> bool:
@@ -118,6 +160,11 @@ class BilevelProblem:
         _check_devices(x0, y0, {"upper_data": self.upper_data, "lower_data": self.lower_data})
         self.upper_set.check(x0, "x0")
         self.lower_set.check(y0, "y0")
+        for name in self.constraints:
+            with torch.no_grad():
+                self.constraint(name, x0, y0)
+        if self.joint_set is not None:
+            self.joint_set.check((x0, y0), "(x0, y0)")
         used = {level: self._dependence(level, x0, y0) for level in ("upper", "lower")}
         if not self.stochastic:
             self._refuse_random(x0, y0)
@@ -131,9 +178,9 @@ class BilevelProblem:
             if not entered:
                 warnings.warn(f"y{name} does not enter the lower objective, which leaves it undetermined", stacklevel=3)
         for name, up, low in zip(tree.paths(x0), used["upper"][0], used["lower"][0], strict=True):
-            if not (up or low):
+            if not (up or low or self.constraints):
                 raise ValueError(f"x{name} enters neither objective; remove it, or check that the graph is not cut")
-        if not any(used["upper"][1]):
+        if not any(used["upper"][1]) and "upper_inequality" not in self.constraints:
             warnings.warn("upper does not depend on y: the lower level has no influence on the solution", stacklevel=3)
 
     def value(self, level: str, x: Tree, y: Tree, batch: Any = None) -> Tensor:
@@ -199,6 +246,46 @@ def evaluate(function: Objective, level: str, x: Tree, y: Tree, batch: Any) -> T
     return value.reshape(())
 
 
+def evaluate_constraint(function: Constraint, name: str, x: Tree, y: Tree) -> Tree:
+    """The values of one constraint function.
+
+    Raises:
+        TypeError, ValueError: if the call fails, or it returns anything but floating-point tensors.
+    """
+    try:
+        found = function(x, y)
+    except (RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{name}(x, y) failed with {type(error).__name__}: {error}. "
+            f"It was called with x: {tree.describe(x)}; y: {tree.describe(y)}"
+        ) from error
+    for path, leaf in zip(tree.paths(found), tree.leaves(found), strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{name}(x, y){path} must be a tensor, got {type(leaf).__name__}; torch.stack([...]) makes one of "
+                "several numbers, and each entry is one constraint"
+            )
+        if not leaf.is_floating_point():
+            raise TypeError(
+                f"{name}(x, y){path} has dtype {leaf.dtype}: return the value that has to be "
+                f"{'zero' if name.endswith('_equality') else 'at most zero'}, not a comparison"
+            )
+    return found
+
+
+def _check_constraint_function(name: str, function: Any) -> None:
+    if function is None:
+        return
+    if isinstance(function, Mapping):
+        raise TypeError(
+            f"{name} must be a function of (x, y), got a dict; scipy's dict constraints say fun >= 0, here it is "
+            "function(x, y) <= 0: give lambda x, y: -fun(x, y)"
+        )
+    if not callable(function):
+        raise TypeError(f"{name} must be a function of (x, y), got {type(function).__name__}")
+    _check_signature(name, function, False)
+
+
 def _first_batch(data: Batches) -> Any:
     generator = torch.Generator().manual_seed(0)
     if data.loader is not None:
@@ -215,6 +302,8 @@ def _check_signature(level: str, function: Objective, has_data: bool) -> None:
     batch = parameters.get("batch")
     if has_data and batch is None and not takes_any:
         raise TypeError(f"{level}_data is declared, so {level} must accept it: def {level}(x, y, *, batch)")
+    if level in CONSTRAINTS and batch is not None and batch.default is inspect.Parameter.empty:
+        raise TypeError(f"{level} takes a batch, but constraints are functions of (x, y) alone; let it use all data")
     if level == "regularizer" and batch is not None and batch.default is inspect.Parameter.empty:
         raise TypeError("regularizer takes a batch, but it is r(x, y); what needs data belongs to lower")
     if not has_data and batch is not None and batch.default is inspect.Parameter.empty:

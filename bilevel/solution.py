@@ -4,6 +4,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
+from constrained import KKTResidual
 from implicit import tree
 from implicit.status import Status
 from implicit.tree import Tree
@@ -24,7 +25,9 @@ class Accuracy:
             and its distance from the independent hypergradient.
         distance: estimated Euclidean distance of x to the nearest solution, doubled for safety; None if the
             curvature there is not positive or was too costly to measure.
-        feasibility: violation of the constraints.
+        feasibility: largest violation of any constraint or set, rows divided by ``max(1, |gradient|)``.
+        optimality_gap: g(x, y) minus the smallest lower value that was found at x.
+        lower_kkt: residuals of the lower optimality conditions at (x, y), where the lower level is constrained.
         notes: what could not be measured, and why.
     """
 
@@ -37,7 +40,28 @@ class Accuracy:
     bias: float | None = None
     distance: float | None = None
     feasibility: float | None = None
+    optimality_gap: float | None = None
+    lower_kkt: KKTResidual | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What one start of several led to.
+
+    Attributes:
+        name: which one, such as ``"given"`` or ``"random 2"``.
+        status: how it ended.
+        upper_value: f at its end, NaN where there is none.
+        accepted: whether :func:`bilevel.verify` accepts its end.
+        note: one sentence.
+    """
+
+    name: str
+    status: Status
+    upper_value: float
+    accepted: bool
+    note: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,6 +80,10 @@ class Solution:
         upper_value, lower_value: objectives at (x, y) on all data.
         metrics: the problem's metrics at (x, y).
         aux: what the objectives returned beside their values, by level.
+        multipliers: Lagrange multipliers by the name of the constraint (``lower_inequality``, ...) or set, shaped like
+            its values; those of a set are upper minus lower bound's. Empty where the algorithm has none.
+        starts: what each start led to, where several were tried.
+        choice: why "auto" picked the algorithm; empty otherwise.
         checkpoint: the end of the run as plain data; pass it to ``solve`` to go on.
     """
 
@@ -73,6 +101,9 @@ class Solution:
     lower_value: float
     metrics: dict[str, float] = field(default_factory=dict)
     aux: dict[str, Any] = field(default_factory=dict)
+    multipliers: dict[str, Tree] = field(default_factory=dict)
+    starts: tuple[Start, ...] = ()
+    choice: str = ""
     checkpoint: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -228,6 +228,8 @@ def _finish(problem: BilevelProblem, method: Algorithm, run: Run[Any]) -> Soluti
         lower_value=values["lower"],
         metrics=_safe_metrics(problem, state.x, state.y),
         aux=aux,
+        multipliers=method.multipliers(problem, state),
+        starts=method.starts(problem, state),
         checkpoint=captured,
     )
 

@@ -8,7 +8,7 @@ import torch
 
 from bilevel.oracle import Counts, new_counts
 from bilevel.problem import BilevelProblem
-from bilevel.solution import Accuracy
+from bilevel.solution import Accuracy, Start
 from implicit import IterativeMethod, State, Status
 from implicit.tree import Tree
 
@@ -50,6 +50,8 @@ class Algorithm(IterativeMethod[B], Generic[B]):
     guarantee: ClassVar[str]
     """EXACT, BIAS or STATISTICAL on full data."""
     default_max_steps: ClassVar[int]
+    handles: ClassVar[frozenset[str]] = frozenset()
+    """Sets and constraint functions it can deal with, by their names in the declaration."""
 
     def __post_init__(self) -> None:
         if self.rtol is not None and not self.rtol >= 0:
@@ -63,9 +65,28 @@ class Algorithm(IterativeMethod[B], Generic[B]):
         """The class name, which is how the command line finds it."""
         return type(self).__name__
 
-    @abstractmethod
     def refuses(self, problem: BilevelProblem) -> str | None:
-        """Why this algorithm does not fit ``problem``, naming the field and an algorithm that does; None if it fits."""
+        """Why this algorithm does not fit ``problem``, naming the field and an algorithm that does; None if it fits.
+
+        Here for what is declared beyond :attr:`handles`; algorithms add reasons of their own.
+        """
+        from bilevel.registry import algorithms
+
+        declared = restrictions(problem)
+        missing = [name for name in declared if name not in self.handles]
+        if not missing:
+            return None
+        able = [name for name, cls in algorithms().items() if cls.handles >= set(declared)]
+        cure = f"use {' or '.join(able)}" if able else "no algorithm handles all of " + ", ".join(declared)
+        return f"{self.name} cannot handle {missing[0]}; {cure}"
+
+    def multipliers(self, problem: BilevelProblem, state: B) -> dict[str, Tree]:
+        """Lagrange multipliers at the end, by the name of the constraint or set, shaped like its values."""
+        return {}
+
+    def starts(self, problem: BilevelProblem, state: B) -> tuple[Start, ...]:
+        """What each start led to, for algorithms that try several."""
+        return ()
 
     @abstractmethod
     def assess(self, problem: BilevelProblem, state: B, status: Status) -> tuple[Accuracy, Status, str]:
@@ -74,6 +95,12 @@ class Algorithm(IterativeMethod[B], Generic[B]):
     def settings(self) -> dict[str, Any]:
         """Fields and values, for reports."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def restrictions(problem: BilevelProblem) -> tuple[str, ...]:
+    """Sets and constraint functions that restrict something, by their names in the declaration."""
+    sets = tuple(name for name in ("upper_set", "lower_set") if not getattr(problem, name).is_whole_space)
+    return sets + problem.constraints
 
 
 def require_positive_int(algorithm: Any, *names: str) -> None:

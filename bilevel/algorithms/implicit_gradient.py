@@ -140,6 +140,7 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
     momentum: float = 0.9
 
     guarantee: ClassVar[str] = "EXACT"
+    handles: ClassVar[frozenset[str]] = frozenset({"upper_set"})
     default_max_steps: ClassVar[int] = 1_000
 
     def __post_init__(self) -> None:
@@ -174,12 +175,6 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
             raise ValueError(
                 f"upper_options={dict(self.upper_options)} needs upper_optimizer, such as torch.optim.Adam"
             )
-
-    def refuses(self, problem: BilevelProblem) -> str | None:
-        """A lower set makes the plain implicit function theorem wrong."""
-        if not problem.lower_set.is_whole_space:
-            return "ImplicitGradient cannot handle lower_set; use Penalty"
-        return None
 
     def resolve(self, problem: BilevelProblem, *start: Any, max_steps: int | None = None) -> "ImplicitGradient":
         """Fill in tolerances from the dtype, and on minibatches the measured step size."""

@@ -135,6 +135,7 @@ class Penalty(Algorithm[PenaltyState]):
     momentum: float = 0.9
 
     guarantee: ClassVar[str] = "BIAS"
+    handles: ClassVar[frozenset[str]] = frozenset({"upper_set", "lower_set"})
     default_max_steps: ClassVar[int] = 5_000
 
     def __post_init__(self) -> None:
@@ -145,10 +146,6 @@ class Penalty(Algorithm[PenaltyState]):
             raise ValueError(f"lower_condition must be at least 1, got {self.lower_condition}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
-
-    def refuses(self, problem: BilevelProblem) -> str | None:
-        """Fits every problem with sets at both levels."""
-        return None
 
     def resolve(self, problem: BilevelProblem, *start: Any, max_steps: int | None = None) -> "Penalty":
         """Measure curvatures by gradient differences and size the penalty."""

@@ -20,6 +20,8 @@ from constrained.sets.ball import Ball as Ball
 from constrained.sets.base import ConvexSet as ConvexSet
 from constrained.sets.box import Box as Box
 from constrained.sets.box import Nonnegative as Nonnegative
+from constrained.sets.description import Description as Description
+from constrained.sets.description import describe as describe
 from constrained.sets.polyhedron import Polyhedron as Polyhedron
 from constrained.sets.product import Product as Product
 from constrained.sets.second_order_cone import SecondOrderCone as SecondOrderCone
@@ -31,6 +33,7 @@ __all__ = [
     "Ball",
     "Box",
     "ConvexSet",
+    "Description",
     "HalfSpace",
     "Nonnegative",
     "Polyhedron",
@@ -38,4 +41,5 @@ __all__ = [
     "SecondOrderCone",
     "Simplex",
     "WholeSpace",
+    "describe",
 ]

@@ -36,7 +36,7 @@ class Product(ConvexSet):
     def project(self, point: Tree) -> Tree:
         """``argmin_{p_i in C_i} ||p - point||_2``: each part onto its own set; see :meth:`ConvexSet.project`."""
         self.check(point, "point")
-        parts = [child.project(part) for _, child, part in self._parts(point, "point")]
+        parts = [child.project(part) for _, child, part in self.parts(point, "point")]
         spec = tree.structure(point)  # keeps the key order of the point
         return tree.unflatten(tree.aligned_leaves(tree.unflatten(parts, tree.structure(self.sets)), spec), spec)
 
@@ -48,15 +48,16 @@ class Product(ConvexSet):
 
     def check(self, point: Tree, name: str) -> None:
         """See :meth:`ConvexSet.check`; the point must have the containers and keys of ``sets``."""
-        for path, child, part in self._parts(point, name):
+        for path, child, part in self.parts(point, name):
             child.check(part, f"{name}{path}")
 
     def contains(self, point: Tree, atol: float | None = None) -> bool:
         """Whether each part lies in its set; see :meth:`ConvexSet.contains`."""
         self.check(point, "point")
-        return all(child.contains(part, atol) for _, child, part in self._parts(point, "point"))
+        return all(child.contains(part, atol) for _, child, part in self.parts(point, "point"))
 
-    def _parts(self, point: Tree, name: str) -> list[tuple[str, Any, Tree]]:
+    def parts(self, point: Tree, name: str) -> list[tuple[str, Any, Tree]]:
+        """Path, set and part of the point, for every set; misfits raise as in :meth:`ConvexSet.check`."""
         try:
             parts = tree.structure(self.sets).flatten_up_to(point)
         except (ValueError, TypeError, KeyError) as error:

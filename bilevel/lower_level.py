@@ -1,0 +1,163 @@
+"""The lower level at a fixed x, solved on its own."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import constrained
+from bilevel.flat import FlatProblem
+from constrained import ConstrainedProblem, KKTResidual, Lagrangian
+from constrained.multipliers import FlatMultipliers
+from constrained.residual import measure
+from implicit import Hessian, Jacobian, Status
+
+QUADRATIC_LIMIT = 2_000
+"""Up to this many unknowns and rows the matrices of a quadratic program are formed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerSolution:
+    """A solution of the lower level at one x.
+
+    Attributes:
+        y: the point, ``(m,)``.
+        multipliers: of its equality and inequality rows and of the bounds on y.
+        residual: of the optimality conditions, measured at (y, multipliers).
+        status: how the solver ended.
+        value: g(x, y).
+    """
+
+    y: Tensor
+    multipliers: FlatMultipliers
+    residual: KKTResidual
+    status: Status
+    value: float
+
+
+def solve_lower_level(
+    flat: FlatProblem,
+    x: Tensor,
+    y: Tensor,
+    *,
+    multipliers: FlatMultipliers | None = None,
+    atol: float | None = None,
+    max_steps: int | None = None,
+) -> LowerSolution:
+    """Minimize g(x, .) over the lower constraints from y.
+
+    A convex quadratic program with affine rows goes to :func:`constrained.solve_qp` (whether it is one is found from
+    its derivatives at two more points), everything else to :class:`constrained.InteriorPoint`; an interior-point run
+    that does not converge is repeated by :class:`constrained.AugmentedLagrangian` from where it ended. Numerical
+    trouble is reported by the status, never raised.
+
+    Args:
+        flat: the problem.
+        x: ``(n,)``.
+        y: where to start, ``(m,)``.
+        multipliers: a start for the multipliers.
+        atol: on the KKT residual; 1e-8 in float64 and 1e-4 in float32 by default.
+        max_steps: of the solver.
+    """
+    problem = flat.lower_problem(x)
+    x, y = x.detach(), y.detach()
+    found = _quadratic(flat, problem, x, y) if len(y) <= QUADRATIC_LIMIT else None
+    if found is not None:
+        return found
+    best: LowerSolution | None = None
+    start, duals = y, multipliers
+    for method in (constrained.InteriorPoint(), constrained.AugmentedLagrangian()):
+        given = None if duals is None else Lagrangian(problem, y).multiplier_trees(duals)
+        solution = constrained.solve(
+            problem, method, start, multipliers=given, atol=atol, max_steps=max_steps, raise_on_failure=False
+        )
+        own = Lagrangian(problem, y).flat_multipliers(*solution.multipliers)
+        ended = LowerSolution(
+            y=solution.x,
+            multipliers=own,
+            residual=solution.residual,
+            status=solution.status,
+            value=solution.objective,
+        )
+        if best is None or _better(ended, best):
+            best = ended
+        if solution.status is Status.CONVERGED or not bool(torch.isfinite(solution.x).all()):
+            break
+        start, duals = solution.x, own
+    assert best is not None
+    return best
+
+
+def _better(one: LowerSolution, other: LowerSolution) -> bool:
+    worst = one.residual.largest, other.residual.largest
+    return one.status is Status.CONVERGED or worst[0] < worst[1] or worst[1] != worst[1]
+
+
+def _quadratic(flat: FlatProblem, problem: ConstrainedProblem, x: Tensor, y: Tensor) -> LowerSolution | None:
+    """The solution by :func:`constrained.solve_qp`, or None where the level is no convex quadratic program."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(reach: float) -> Tensor:
+        noise = torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
+        return y + reach * (1.0 + y.abs()) * noise
+
+    eps = float(torch.finfo(y.dtype).eps)
+    points = [y, draw(1.0), draw(10.0)]
+    probe = draw(1.0)
+    curvatures = [Hessian(problem.objective, point) @ probe for point in points]
+    if not _same(curvatures, eps):
+        return None
+    level = flat.lower_level
+    slopes: dict[str, Jacobian] = {}
+    for name in ("inequality", "equality"):
+        rows = getattr(problem, name)
+        if rows is None:
+            continue
+        found = [Jacobian(rows, point) for point in points]
+        if not _same([jacobian @ probe for jacobian in found], eps):
+            return None
+        slopes[name] = found[0]
+    if len(y) + level.inequalities + level.equalities > QUADRATIC_LIMIT:
+        return None
+    Q = Hessian(problem.objective, y).to_dense()
+    Q = 0.5 * (Q + Q.T)
+    lowest = float(torch.linalg.eigvalsh(Q)[0]) if len(y) else 0.0
+    if lowest < -1e3 * eps * float(Q.abs().amax()):
+        return None
+    own = y.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(problem.objective(own), own)
+    matrices = {name: jacobian.to_dense() for name, jacobian in slopes.items()}
+    sides = {name: matrices[name] @ y - slopes[name].value for name in matrices}
+    solution = constrained.solve_qp(
+        Q,
+        gradient - Q @ y,
+        A=matrices.get("equality"),
+        b=sides.get("equality"),
+        G=matrices.get("inequality"),
+        h=sides.get("inequality"),
+        lower=level.lower,
+        upper=level.upper,
+        raise_on_failure=False,
+    )
+    status = solution.status
+    assert isinstance(status, Status)
+    blank = y.new_zeros(0)
+    duals = FlatMultipliers(
+        solution.equality if "equality" in matrices else blank,
+        solution.inequality if "inequality" in matrices else blank,
+        solution.lower,
+        solution.upper,
+    )
+    lagrangian = Lagrangian(problem, y)
+    point = lagrangian.at(solution.x)
+    residual = KKTResidual(*measure(lagrangian, point, duals).tolist())
+    return LowerSolution(
+        y=solution.x, multipliers=duals, residual=residual, status=status, value=float(point.objective)
+    )
+
+
+def _same(vectors: list[Tensor], eps: float) -> bool:
+    first = vectors[0]
+    size = max(float(v.abs().amax()) if len(v) else 0.0 for v in vectors)
+    return all(bool(((v - first).abs() <= 1e4 * eps * size).all()) for v in vectors)
