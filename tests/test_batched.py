@@ -163,6 +163,13 @@ def test_mixed_fates_are_told_apart_and_do_not_disturb_each_other() -> None:
         assert torch.allclose(alone.x[0], found.x[row], rtol=1e-12, atol=1e-12)
 
 
+def test_a_far_bound_is_not_unbounded() -> None:
+    problem = ConstrainedProblem(objective=lambda x: -x.sum(), lower=0.0, upper=1e11)
+    found = solve_batch(problem, torch.ones(3, 2))
+    assert found.status is Status.STALLED  # the gap to such a bound is known to 1e-5 only
+    torch.testing.assert_close(found.x, torch.full((3, 2), 1e11), rtol=1e-6, atol=0)
+
+
 def test_the_order_and_the_chunks_do_not_matter() -> None:
     x0, data = mixed(60)
     found = solve_batch(MIXED, x0, data)

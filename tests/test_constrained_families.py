@@ -16,6 +16,7 @@ from scipy.special import expit
 from torch import Tensor
 from torch.func import grad, hessian, jacrev
 
+import constrained
 import problems
 from implicit import Status, tree
 from problems import bundle_adjustment, constrained_logistic, external, poisson_control
@@ -101,6 +102,13 @@ def test_poisson_solution_equals_a_sparse_direct_solve() -> None:
     np.testing.assert_allclose(case.multipliers_star.equality.numpy(), multiplier, rtol=1e-9, atol=1e-11)
     value = 0.5 * np.sum((w - target) ** 2) + 0.05 * np.sum(z**2)
     assert case.f_star == pytest.approx(value, rel=1e-11)
+
+
+def test_interior_points_without_matrices_solve_a_poisson_grid() -> None:
+    case = problems.case("poisson_control", n=48)  # 6,912 unknowns and constraints: nothing is formed
+    found = constrained.solve(case.problem, constrained.InteriorPoint(), case.start)
+    assert found.success and found.counts["hessian"] == 0
+    assert found.objective == pytest.approx(case.f_star, rel=1e-9)
 
 
 def test_supplied_poisson_matrices_are_the_derivatives() -> None:

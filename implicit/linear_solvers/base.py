@@ -5,7 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -209,6 +209,31 @@ def require_symmetric(operator: LinearOperator, name: str, instead: str) -> None
             f"{name} needs a symmetric operator, {type(operator).__name__} is not declared so; set symmetric=True if "
             f"it is, or use {instead}"
         )
+
+
+class Normalised(NamedTuple):
+    """Right-hand sides divided by powers of two, with what a direct solver compares their residuals with.
+
+    Attributes:
+        b: ``(k, n)``.
+        scale: ``(k, 1)``; what b was divided by.
+        norms: of the rows of b.
+        targets: residuals that are small enough.
+    """
+
+    b: Tensor
+    scale: Tensor
+    norms: Tensor
+    targets: Tensor
+
+
+def normalised(b: Tensor, rtol: float | None, atol: float) -> Normalised:
+    """``b`` with entries of size one, so that neither overflow nor underflow decides."""
+    scale = power_of_two(b)
+    b = b / scale
+    norms = torch.linalg.vector_norm(b, dim=1)
+    targets = torch.clamp((default_rtol(b.dtype) if rtol is None else rtol) * norms, min=atol / scale[:, 0])
+    return Normalised(b, scale, norms, targets)
 
 
 def default_rtol(dtype: torch.dtype) -> float:

@@ -15,8 +15,7 @@ from implicit.linear_solvers.base import (
     LinearSolver,
     check_positive_int,
     check_tolerances,
-    default_rtol,
-    power_of_two,
+    normalised,
     relative,
     require_square,
 )
@@ -91,11 +90,7 @@ class SparseLU(LinearSolver):
         self, operator: LinearOperator, prepared: "SparseFactors", b: Tensor, x0: Tensor | None
     ) -> FlatSolution:
         """Solve for the rows of ``b``, shape ``(k, n)``; ``x0`` is ignored."""
-        scale = power_of_two(b)
-        b = b / scale
-        norms = torch.linalg.vector_norm(b, dim=1)
-        rtol = default_rtol(b.dtype) if self.rtol is None else self.rtol
-        targets = torch.clamp(rtol * norms, min=self.atol / scale[:, 0])
+        b, scale, norms, targets = normalised(b, self.rtol, self.atol)
         x, residuals = torch.zeros_like(b), norms
         if not bool(torch.isfinite(norms).all()):
             verdict = Status.NONFINITE, "the right-hand side is not finite"
