@@ -3,10 +3,12 @@
 import functools
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 import bilevel
-from bilevel.kinds.base import Chart, Job, Kind, Outcome, Row, count
+from bilevel.algorithms.base import restrictions
+from bilevel.kinds.base import Chart, Job, Kind, Outcome, Row, amount, count
 from bilevel.problem import BilevelProblem
 from bilevel.registry import algorithms
 from bilevel.solution import Accuracy, Solution
@@ -21,7 +23,8 @@ _EXPLAINED = {
     "lower_error": "distance of y to the lower solution",
     "linear_residual": "relative residual of the adjoint system",
     "distance": "estimated distance of x to the nearest solution, doubled for safety",
-    "feasibility": "violation of the constraints",
+    "feasibility": "largest violation of any constraint or set",
+    "optimality_gap": "g(x, y) minus the smallest lower value that was found at x",
 }
 
 
@@ -94,6 +97,8 @@ class BilevelKind(Kind):
                 rows = f"{data.rows:,}" if data.rows is not None else "unknown"
                 batches = f" in batches of {data.batch_size:,}" if data.stochastic and data.batch_size else ""
                 parts.append(f"{level} data: {rows} rows{batches}")
+        for name in restrictions(job.problem):
+            parts.append(_restriction(job, name))
         return parts, tree.leaves(state.y)[0]
 
     def outcome(self, job: Job, solution: Solution) -> Outcome:
@@ -104,10 +109,16 @@ class BilevelKind(Kind):
             numbers={
                 "upper_value": solution.upper_value,
                 "lower_value": solution.lower_value,
-                "accuracy": vars(solution.accuracy),
+                "accuracy": {**vars(solution.accuracy), "lower_kkt": _kkt(solution.accuracy)},
                 "metrics": solution.metrics,
+                "starts": [{**vars(start), "status": start.status.name} for start in solution.starts],
+                "choice": solution.choice,
             },
-            variables={"x": solution.x, "y": solution.y},
+            variables={
+                "x": solution.x,
+                "y": solution.y,
+                **{f"multipliers.{name}": part for name, part in solution.multipliers.items()},
+            },
             rows=[Row("lower value", solution.lower_value), *(Row(*item) for item in solution.metrics.items())],
             accuracy=_accuracy(solution.accuracy),
             notes=solution.accuracy.notes,
@@ -115,13 +126,30 @@ class BilevelKind(Kind):
         )
 
 
+def _restriction(job: Job, name: str) -> str:
+    if name.endswith("_set"):
+        return f"{name.replace('_', ' ')}: {type(getattr(job.problem, name)).__name__}"
+    with torch.no_grad():
+        rows = tree.size(job.problem.constraint(name, *job.start))
+    level, kind = name.split("_")
+    return f"{level} level: " + amount(rows, kind, "inequalities" if kind == "inequality" else "equalities")
+
+
 def _compare(case: Any, solution: Solution) -> dict[str, float]:
     found = {"distance_to_exact_x": case.distance(solution), "relative_error_of_x": case.error(solution)}
     return found if case.upper_star is None else {**found, "optimal_upper_value": case.upper_star}
 
 
+def _kkt(accuracy: Accuracy) -> dict[str, float] | None:
+    return None if accuracy.lower_kkt is None else {**vars(accuracy.lower_kkt), "largest": accuracy.lower_kkt.largest}
+
+
 def _accuracy(accuracy: Accuracy) -> list[Row]:
     rows = []
+    if accuracy.lower_kkt is not None:
+        rows.append(
+            Row("lower kkt", accuracy.lower_kkt.largest, "residual of the lower optimality conditions at (x, y)")
+        )
     for name, meaning in _EXPLAINED.items():
         value = getattr(accuracy, name)
         if value is not None:
