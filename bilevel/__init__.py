@@ -13,16 +13,24 @@ from bilevel import testing as testing
 from bilevel.algorithms import Algorithm as Algorithm
 from bilevel.algorithms import ImplicitGradient as ImplicitGradient
 from bilevel.algorithms import Penalty as Penalty
+from bilevel.auto import Choice as Choice
+from bilevel.auto import choose as choose
+from bilevel.compare import compare as compare
+from bilevel.comparison import Comparison as Comparison
 from bilevel.data import Batches as Batches
 from bilevel.modules import ModuleProblem as ModuleProblem
 from bilevel.modules import from_modules as from_modules
 from bilevel.problem import BilevelProblem as BilevelProblem
 from bilevel.registry import algorithm as algorithm
 from bilevel.registry import algorithms as algorithms
+from bilevel.singular_hypergradient import SingularHypergradient as SingularHypergradient
+from bilevel.singular_hypergradient import singular_hypergradient as singular_hypergradient
 from bilevel.solution import Accuracy as Accuracy
 from bilevel.solution import Solution as Solution
 from bilevel.solve import solve as solve
 from bilevel.step_sizes import PathEfficiency as PathEfficiency
+from bilevel.verify import Verification as Verification
+from bilevel.verify import verify as verify
 from implicit import ConvergenceWarning as ConvergenceWarning
 from implicit import Progress as Progress
 from implicit import SaveCheckpoint as SaveCheckpoint
@@ -35,6 +43,8 @@ __all__ = [
     "Algorithm",
     "Batches",
     "BilevelProblem",
+    "Choice",
+    "Comparison",
     "ConvergenceWarning",
     "ImplicitGradient",
     "ModuleProblem",
@@ -42,13 +52,19 @@ __all__ = [
     "Penalty",
     "Progress",
     "SaveCheckpoint",
+    "SingularHypergradient",
     "Solution",
     "SolveError",
     "Status",
+    "Verification",
     "algorithm",
     "algorithms",
+    "choose",
+    "compare",
     "from_modules",
     "load_checkpoint",
+    "singular_hypergradient",
     "solve",
     "testing",
+    "verify",
 ]

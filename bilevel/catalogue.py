@@ -18,8 +18,9 @@ _FAMILIES = {
     "hock-schittkowski": "Hock-Schittkowski",
     "boggs-tolle": "Boggs-Tolle",
     "cutest": "CUTEst",
+    "bolib": "BOLIB",
 }
-_STRUCTURE = ("equality", "inequality", "bounds")
+_STRUCTURE = ("equality", "inequality", "bounds", "upper-set", "lower-set", "upper-inequality", "lower-inequality")
 
 
 def catalogue(problems: ModuleType) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -73,6 +74,7 @@ def overview(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> 
         for group in _groups(found[name]["cases"]):
             lines += ["", *_group(group)]
         lines += ["", f"Algorithms for {name} problems (--algorithm NAME):"]
+        lines += ["", f"  auto: {kind.automatic_text}"]
         for method in found[name]["algorithms"]:
             guarantee = f" ({method['guarantee']})" if "guarantee" in method else ""
             defaults = listing(class_slots(kind.methods()[method["name"]]))
@@ -81,13 +83,13 @@ def overview(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> 
 
 
 def _groups(cases: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Members of one family that are alike in everything that is shown; a case without a family is a group."""
+    """Single cases, then members of one family that are alike in everything that is shown, together."""
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for case in cases:
         family = _family(case)
         alike = (family, str(case["fits"]), str(case["settings"])) if family else case["name"]
         groups.setdefault(alike, []).append(case)
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: _family(group[0]) is not None)
 
 
 def _family(case: Mapping[str, Any]) -> str | None:
@@ -98,7 +100,7 @@ def _group(group: Sequence[Mapping[str, Any]]) -> list[str]:
     first = group[0]
     family = _family(first)
     defaults = [f"{key}={show(value)}" for key, value in first["settings"].items()]
-    fits = ", ".join(first["fits"]) if first["fits"] is not None else first["note"]
+    fits = ", ".join(first["fits"]) or "none" if first["fits"] is not None else first["note"]
     tags = f"  [{', '.join(first['tags'])}]" if first["tags"] else ""
     head = [f"  {first['name']}: {first['summary']}{tags}"]
     if family is not None:

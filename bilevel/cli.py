@@ -1,10 +1,11 @@
-"""The command line: ``bilevel list``, ``run``, ``solve`` and ``plot``."""
+"""The command line: ``bilevel list``, ``run``, ``compare``, ``solve`` and ``plot``."""
 
 import argparse
 import contextlib
 import json
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,17 @@ from typing import Any, NoReturn
 
 import torch
 
-from bilevel import picture, report
+from bilevel import cli_compare, picture, report
 from bilevel.catalogue import catalogue, overview
+from bilevel.compare import write
+from bilevel.comparison import Trial
+from bilevel.comparison_run import WorkerDied, run_plan
+from bilevel.comparison_text import line
+from bilevel.kinds import Job
 from bilevel.request import Request, prepare, read_request
 from bilevel.targets import Target, describe_error, load_case, load_target, locate
 from bilevel.threads import chosen_threads
-from implicit import Progress, SaveCheckpoint, SolveError, Status, StepInfo
+from implicit import Progress, SaveCheckpoint, SolveError, Status, StepInfo, runs
 
 MISUSE, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -31,6 +37,8 @@ optimization: minimize f(x) subject to h(x) = 0, c(x) <= 0 and lower <= x <= upp
   bilevel run hyper_cleaning                          find wrong labels in real data (digits)
   bilevel run quadratic --algorithm penalty --set n=20 --max-steps 500
   bilevel run hs71 --algorithm InteriorPoint          a constrained problem
+  bilevel run quadratic --algorithm auto              picked by the structure of the problem
+  bilevel compare quadratic                           every algorithm that fits, side by side
   bilevel solve my_problem.py:problem                 a problem declared in a file of yours
   bilevel plot runs/*                                 several runs in one picture
 """
@@ -49,6 +57,22 @@ settings: --set key=value sets a parameter of the problem or a field of the algo
   case.key=... and algorithm.key=... where both have the same key
 """
 
+
+_COMPARED = """\
+  bilevel compare quadratic --algorithms ImplicitGradient,Penalty
+  bilevel compare --suite exact --jobs 2              every case with a tag; the bilevel ones where both kinds have it
+  bilevel compare --suite constrained,exact           constrained problems
+  bilevel compare quadratic box --set penalty=50 --set Penalty.momentum=0.5
+
+Every point is checked independently (bilevel.verify). solved: verified, and F <= F* + 1e-2 max(1, |F*|).
+A refusal, a failure or an exception is a row. A key of --set goes to every case and algorithm that has it,
+case.key to cases, algorithm.key to algorithms, NAME.key to one algorithm.
+
+Results go to runs/compare-NAME, or to --out DIR: compare.csv, compare.json, compare.png (for one case the upper value
+against time and against oracle calls; for several the share solved within a budget), and compare.jsonl, a line per
+finished run. Exit codes: 0, whatever the runs did, also after Ctrl-C, which keeps what is done; 1 if a process of
+--jobs died; 2 misuse.
+"""
 
 _DECLARED = (TypeError, ValueError, KeyError, OSError, ImportError, NotImplementedError)
 
@@ -124,12 +148,31 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("target", metavar="FILE.py:NAME", help="a problem, or a function that returns one")
     for sub in (run, solve):
         _add_options(sub)
+    _add_compare(command("compare", _compare, "several algorithms on a case, on several, or on a suite"))
     plot = command("plot", _plot, "draw the convergence of result directories into one picture")
     plot.add_argument("folders", metavar="DIR", nargs="+", type=Path)
     plot.add_argument(
         "--out", metavar="FILE", type=Path, help="the PNG; DIR/convergence.png, or comparison.png for several"
     )
     return parser
+
+
+def _add_compare(sub: argparse.ArgumentParser) -> None:
+    sub.epilog = _COMPARED
+    sub.add_argument("cases", metavar="CASE", nargs="*", help="names from bilevel list")
+    sub.add_argument("--suite", metavar="NAME", help="all cases with a tag, such as exact; A,B for those with both")
+    sub.add_argument("--algorithms", metavar="A,B,C", help="default: all that fit, and auto")
+    sub.add_argument(
+        "--seeds", metavar="N", type=_positive, help="runs with seeds 0 to N-1; of the case where it has one"
+    )
+    sub.add_argument("--max-steps", metavar="N", type=int, help="steps of each run")
+    sub.add_argument("--time-limit", metavar="SECONDS", type=float, help="of each run")
+    sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting; may be repeated")
+    sub.add_argument("--jobs", metavar="N", type=_positive, default=1, help="processes; default 1")
+    sub.add_argument("--data-dir", metavar="DIR", help="where data files are; the variable BILEVEL_DATA does the same")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="where results go; default runs/compare-NAME")
+    sub.add_argument("--resume", action="store_true", help="keep the finished runs in DIR and do what is missing")
+    sub.add_argument("--quiet", action="store_true", help="no line per run, only the tables")
 
 
 def _positive(text: str) -> int:
@@ -140,7 +183,9 @@ def _positive(text: str) -> int:
 
 
 def _add_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--algorithm", metavar="NAME", help="default: the first of bilevel list that fits")
+    sub.add_argument(
+        "--algorithm", metavar="NAME", help="auto, or a name; default: the first of bilevel list that fits"
+    )
     sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting; may be repeated")
     sub.add_argument("--max-steps", metavar="N", type=int, help="steps of the whole run, resumptions included")
     sub.add_argument("--time-limit", metavar="SECONDS", type=float, help="of this command, without the final report")
@@ -179,11 +224,53 @@ def _list(args: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, argv: list[str]) -> int:
+def _check_data_dir(args: argparse.Namespace) -> None:
     if args.data_dir is not None:
         args.data_dir = str(Path(args.data_dir).resolve())
         if not Path(args.data_dir).is_dir():
             raise Misuse(f"--data-dir {args.data_dir}: there is no such folder")
+
+
+def build_case(name: str, settings: dict[str, Any]) -> Job:
+    """The job of a registered case; processes of ``bilevel compare`` call it by its name."""
+    return load_case(_problems(), name).build(**settings)
+
+
+def _compare(args: argparse.Namespace, argv: list[str]) -> int:
+    _check_data_dir(args)
+    with _misuse():
+        runs.check_budgets(args.max_steps, time_limit=args.time_limit)
+        contest = cli_compare.prepare(args, _problems(), build_case)
+        try:
+            journal = contest.journal(args.resume)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and args.resume:
+                raise
+            raise Misuse(f"--out {contest.out} cannot be used: {error}") from error
+    if not args.quiet:
+        print(f"Comparing {contest.title}: {len(contest.plan.order())} runs, {len(journal.done)} of them done")
+    if contest.left_out:
+        print(f"bilevel: note: left out for want of --data-dir: {', '.join(contest.left_out)}", file=sys.stderr)
+
+    def watch(trial: Trial, done: int, total: int) -> None:
+        print(line(trial, done, total), file=sys.stderr, flush=True)
+
+    watcher = None if args.quiet else watch
+    try:
+        found = run_plan(contest.plan, kind=contest.kind.name, journal=journal, progress=watcher, jobs=args.jobs)
+    except WorkerDied as error:
+        print(f"bilevel: error: {error}. What was done is in {contest.out}; go on with --resume", file=sys.stderr)
+        return FAILURE
+    files = write(found, contest.out, contest.asked)
+    print(f"\n{found.text(shutil.get_terminal_size((100, 24)).columns)}\n")
+    print(f"Written to {contest.out}: {', '.join(str(os.path.relpath(file, contest.out)) for file in files)}")
+    if found.missing:
+        print(f"bilevel: note: interrupted, {found.missing} runs are missing; go on with --resume", file=sys.stderr)
+    return 0
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
+    _check_data_dir(args)
     problems = _problems()
     with _misuse():
         target = load_case(problems, args.target)
@@ -214,7 +301,7 @@ def _solve_request(
         with _misuse(target.file, still=lambda: not opening.done):
             solution = kind.solve(
                 request.job.problem,
-                request.algorithm,
+                request.method,
                 *(request.job.start if checkpoint is None else ()),
                 max_steps=request.max_steps,
                 time_limit=request.time_limit,
@@ -243,6 +330,8 @@ class _Opening:
 
     def start(self, info: StepInfo) -> None:
         """Move an earlier run aside, keep the request, and say what is about to be solved."""
+        if self.done:  # the fallback of an automatic choice belongs to the same run
+            return
         request, self.first = self.request, info.step
         try:
             moved = None if self.args.resume else report.move_aside(request.out)

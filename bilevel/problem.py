@@ -175,7 +175,7 @@ class BilevelProblem:
                 "(x, y), and that the graph is not cut by .item(), .detach() or numpy"
             )
         for name, entered in zip(tree.paths(y0), in_y, strict=True):
-            if not entered:
+            if not entered and not any(constraint.startswith("lower") for constraint in self.constraints):
                 warnings.warn(f"y{name} does not enter the lower objective, which leaves it undetermined", stacklevel=3)
         for name, up, low in zip(tree.paths(x0), used["upper"][0], used["lower"][0], strict=True):
             if not (up or low or self.constraints):

@@ -46,14 +46,15 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-def move_aside(folder: Path) -> Path | None:
-    """Make ``folder`` ready for a new run; an earlier one there is renamed to the first free ``folder.1``, ...
+def move_aside(folder: Path, files: Sequence[str] = FILES) -> Path | None:
+    """Make ``folder`` ready for a new run; an earlier one there, known by ``files``, is renamed to the first free
+    ``folder.1``, ...
 
     Returns:
         Where the earlier run is now, or None.
     """
     moved = None
-    if any((folder / name).exists() for name in FILES):
+    if any((folder / name).exists() for name in files):
         number = 1
         while (moved := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1

@@ -13,7 +13,8 @@ import torch
 
 import bilevel
 from bilevel import kinds, report
-from bilevel.kinds import KINDS, Job, Kind
+from bilevel.auto import AUTO
+from bilevel.kinds import KINDS, Automatic, Job, Kind
 from bilevel.settings import SettingError, arguments, class_slots, plain, sort_keys, split
 from bilevel.targets import Target
 
@@ -44,6 +45,11 @@ class Request:
     atol: float | None
     checkpoint_every: int | None
     out: Path
+
+    @property
+    def method(self) -> Any:
+        """What ``solve`` is given."""
+        return self.job.kind.automatic() if isinstance(self.algorithm, Automatic) else self.algorithm
 
     def identity(self) -> dict[str, Any]:
         """Everything that must be the same for a resumed run to be the same run, by name."""
@@ -128,7 +134,7 @@ def prepare(args: argparse.Namespace, target: Target, stored: dict[str, Any] | N
 
 
 def _owners(target: Target, cls: type[Any]) -> dict[str, tuple[str, Any]]:
-    return {"case": (target.label, target.slots), "algorithm": (cls.__name__, class_slots(cls))}
+    return {"case": (target.label, target.slots), "algorithm": (cls().name, class_slots(cls))}
 
 
 def _from_flags(args: argparse.Namespace, target: Target) -> dict[str, str]:
@@ -214,8 +220,8 @@ def read_request(args: argparse.Namespace, target: Target) -> tuple[dict[str, An
 
 def _find_run(args: argparse.Namespace, target: Target) -> Path:
     possible = KINDS.values() if target.kind is None else [target.kind]
-    every = [name for kind in possible for name in kind.methods()]
-    names = [kinds.method(args.algorithm).__name__] if args.algorithm else every
+    every = [*(name for kind in possible for name in kind.methods()), AUTO]
+    names = [kinds.method(args.algorithm)().name] if args.algorithm else every
     places = [Path("runs") / f"{target.name}-{name}" for name in names]
     found = [place for place in places if (place / report.REQUEST).exists()]
     if len(found) > 1:

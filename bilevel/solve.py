@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bilevel.algorithms.base import Algorithm, BilevelState
+from bilevel.auto import AUTO, solve_automatically
 from bilevel.oracle import Oracle, new_counts
 from bilevel.problem import BilevelProblem
 from bilevel.registry import algorithm as registered
@@ -19,7 +20,7 @@ from implicit.tree import Tree
 
 def solve(
     problem: BilevelProblem,
-    algorithm: Algorithm | None = None,
+    algorithm: Algorithm | str | None = None,
     x0: Tree | None = None,
     y0: Tree | None = None,
     *,
@@ -38,7 +39,8 @@ def solve(
 
     Args:
         problem: what to solve; it is validated at the start before the first step.
-        algorithm: how, such as ``ImplicitGradient()`` or ``Penalty()``.
+        algorithm: how, such as ``ImplicitGradient()`` or ``Penalty()``; ``"auto"`` takes what :func:`bilevel.choose`
+            picks, and a second algorithm if the first ends without a verified point; ``solution.choice`` says why.
         x0, y0: where to start; they fix structure, shapes, dtype and device. Not modified.
         max_steps: steps of the whole run, counting those before a resumption; None means the algorithm's own default.
         time_limit: seconds of this call, without the final accuracy report.
@@ -65,6 +67,20 @@ def solve(
     listeners = runs.check_callbacks(callbacks)
     runs.check_budgets(max_steps, time_limit=time_limit, rtol=rtol, atol=atol)
     own = runs.own_generator(generator)
+    if isinstance(algorithm, str):
+        if algorithm.lower() != AUTO:
+            raise TypeError(f"algorithm must be an object such as bilevel.Penalty(), or 'auto', got {algorithm!r}")
+        if checkpoint is None:
+            begin = _start(problem, x0, y0)
+
+            def attempt(chosen: Algorithm, steps: int | None, seconds: float | None) -> Solution:
+                return solve(
+                    problem, chosen, *begin, max_steps=steps, time_limit=seconds, rtol=rtol, atol=atol,
+                    generator=own, callbacks=callbacks, metrics_every=metrics_every, raise_on_failure=False,
+                )  # fmt: skip
+
+            return _raised(solve_automatically(problem, *begin, attempt, max_steps, time_limit), raise_on_failure)
+        algorithm = None
     if checkpoint is not None or any(isinstance(c, SaveCheckpoint) for c in listeners):
         problem.require_resumable()
     if checkpoint is not None:
@@ -92,9 +108,22 @@ def solve(
             f"{run.culprit} raised {type(run.error).__name__}: {run.error}; .solution holds the last point",
             solution,
         ) from run.error
+    return _raised(solution, raise_on_failure)
+
+
+def _raised(solution: Solution, raise_on_failure: bool) -> Solution:
     if solution.status.is_failure and raise_on_failure:
         raise SolveError(f"{solution.status.name} after {solution.steps} steps: {solution.message}", solution)
     return solution
+
+
+def _start(problem: BilevelProblem, x0: Tree | None, y0: Tree | None) -> tuple[Tree, Tree]:
+    start = getattr(problem, "start", None)
+    if x0 is None and y0 is None and start is not None:
+        x0, y0 = start
+    if x0 is None or y0 is None:
+        raise TypeError(f"{'x0' if x0 is None else 'y0'} is missing: where should the run start?")
+    return x0, y0
 
 
 def _begin(
@@ -107,11 +136,7 @@ def _begin(
     own: torch.Generator,
     max_steps: int | None,
 ) -> tuple[Algorithm, Run[Any]]:
-    start = getattr(problem, "start", None)
-    if x0 is None and y0 is None and start is not None:
-        x0, y0 = start
-    if x0 is None or y0 is None:
-        raise TypeError(f"{'x0' if x0 is None else 'y0'} is missing: where should the run start?")
+    x0, y0 = _start(problem, x0, y0)
     algorithm = _with_tolerances(_require_algorithm(algorithm), rtol, atol)
     reason = algorithm.refuses(problem)
     if reason is not None:

@@ -1,6 +1,11 @@
 """Test problems with known answers, and real-data problems, as public objects."""
 
 from problems import boggs_tolle as boggs_tolle
+from problems import bolib as bolib
+from problems import bolib_convex as bolib_convex
+from problems import bolib_linear as bolib_linear
+from problems import bolib_nonconvex as bolib_nonconvex
+from problems import bolib_strongly_convex as bolib_strongly_convex
 from problems import box as box
 from problems import bundle_adjustment as bundle_adjustment
 from problems import constrained_logistic as constrained_logistic
@@ -11,9 +16,12 @@ from problems import hyper_cleaning as hyper_cleaning
 from problems import inequality as inequality
 from problems import inequality_larger as inequality_larger
 from problems import logistic as logistic
+from problems import lv_hba_cases as lv_hba_cases
+from problems import penalty_cases as penalty_cases
 from problems import poisson_control as poisson_control
 from problems import quadratic as quadratic
 from problems import ridge as ridge
+from problems import svm as svm
 from problems.case import Case as Case
 from problems.case import OracleCounter as OracleCounter
 from problems.case import Report as Report

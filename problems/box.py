@@ -17,9 +17,15 @@ def _build(r: float, upper_bound: float, dtype: torch.dtype, device: str) -> Cas
         return 0.5 * (y - x) ** 2
 
     # y* = clip(x, -1, 1); on [-1, 1] F = (x - 2)²/2 + r x²/2, and beyond 1 F grows.
-    inner = min(2.0 / (1.0 + r), 1.0)
-    best = min(inner, upper_bound)
+    best = min(2.0 / (1.0 + r), 1.0, upper_bound)
     x_star = torch.tensor(best, dtype=dtype, device=device)
+
+    def x_penalized(sigma: float) -> Tensor:
+        # The minimizer in y of the penalised lower level, (2 sigma + x) / (1 + sigma), reaches 1 at x = 1 - sigma.
+        inside = 2.0 / (1.0 + r * (1.0 + sigma))
+        free = inside if inside <= 1.0 - sigma else 1.0 / (1.0 + r * sigma)
+        return torch.tensor(min(free, upper_bound), dtype=dtype, device=device)
+
     counter = OracleCounter()
     zero = torch.zeros((), dtype=dtype, device=device)
     return Case(
@@ -32,10 +38,12 @@ def _build(r: float, upper_bound: float, dtype: torch.dtype, device: str) -> Cas
             name="box",
         ),
         start=(zero, zero.clone()),
-        source="closed form; the penalised problem has the minimizer 2 / (r + 2 / (1 + s)) with s = 1 / penalty",
+        source="closed form, with and without a penalty",
         x_star=x_star,
         y_star=x_star.clone(),
         upper_star=0.5 * (best - 2.0) ** 2 + 0.5 * r * best**2,
+        x_penalized=x_penalized,
+        lower_class="strongly convex",
         counter=counter,
     )
 
@@ -50,3 +58,9 @@ def box(*, r: float = 2.0, dtype: torch.dtype = torch.float64, device: str = "cp
 def box_active(*, bound: float = 0.5, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Case:
     """The same with x at most 0.5: the bound is active at the solution."""
     return _build(2.0, bound, dtype, device)
+
+
+@register("box_kink", "scalar, boxes at both levels, solution at a kink", "exact", "upper-set", "lower-set")
+def box_kink(*, r: float = 0.5, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Case:
+    """The same with r below 1: F has a kink at its minimizer x* = 1, where the lower bound becomes active."""
+    return _build(r, 3.0, dtype, device)

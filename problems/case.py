@@ -50,6 +50,13 @@ class Case:
         tags: such as ``exact`` (the answer is known), ``real-data``, ``set``, ``pytree``.
         x_star, y_star: the solution, or None.
         upper_star: the optimal upper value, or None.
+        multipliers_star: the multipliers of the lower constraints at the solution, named and shaped as in
+            ``Solution.multipliers``, or None.
+        local_minima: x at the other local minima, where there are several and all are known.
+        x_penalized: a function of sigma to the minimizer of the penalised hyper-objective
+            ``min_y max_z f(x, y) + (g(x, y) - g(x, z)) / sigma``, where it has a closed form.
+        lower_class: what the lower level is in y, ``"strongly convex"``, ``"convex"`` or ``"nonconvex"``; None where
+            nothing is stated.
         max_steps: the step budget that ``bilevel run`` uses; None means the algorithm's own.
         report: called with the solution and a directory after a run.
         settings: the parameters the case was built with.
@@ -64,25 +71,35 @@ class Case:
     x_star: Tree = None
     y_star: Tree = None
     upper_star: float | None = None
+    multipliers_star: dict[str, Tree] | None = None
+    local_minima: tuple[Tree, ...] = ()
+    x_penalized: Callable[[float], Tree] | None = None
+    lower_class: str | None = None
     max_steps: int | None = None
     report: Callable[[Solution, Path], Report] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     counter: OracleCounter = field(default_factory=OracleCounter)
 
     def distance(self, solution: Solution) -> float:
-        """``||x - x*||``.
+        """``||x - x*||``, with the nearest of all known minima as ``x*``.
 
         Raises:
             ValueError: if the case has no exact answer.
         """
-        if self.x_star is None:
-            raise ValueError(f"case {self.name} has no exact answer")
-        return float(tree.norm(tree.sub(solution.x, self.x_star)))
+        return min(self._distances(solution))
 
     def error(self, solution: Solution) -> float:
-        """``||x - x*|| / ||x*||``, or the absolute distance where x* is zero."""
-        size = float(tree.norm(self.x_star)) if self.x_star is not None else 0.0
-        return self.distance(solution) / (size if size > 0 else 1.0)
+        """``||x - x*|| / ||x*||`` with the nearest known minimum, or the absolute distance where that is zero."""
+        known = (self.x_star, *self.local_minima)
+        distance, nearest = min(zip(self._distances(solution), known, strict=True), key=lambda pair: pair[0])
+        size = float(tree.norm(nearest))
+        return distance / (size if size > 0 else 1.0)
+
+    def _distances(self, solution: Solution) -> list[float]:
+        if self.x_star is None:
+            raise ValueError(f"case {self.name} has no exact answer")
+        known = (self.x_star, *self.local_minima)
+        return [float(tree.norm(tree.sub(solution.x, minimum))) for minimum in known]
 
     def check(self, solution: Solution, rtol: float = 1e-6) -> None:
         """Compare with the exact answer.

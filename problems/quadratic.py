@@ -51,6 +51,15 @@ def _build(n: int, m: int, condition: float, seed: int, dtype: torch.dtype, devi
     x_star = -torch.linalg.solve(curvature, slope)
     y_star = m_matrix @ x_star + k
 
+    def x_penalized(sigma: float) -> tree.Tree:
+        # y_s = (H + s I)^-1 (B x + c + s (a - D' x)), so that the hypergradient x - b + D y_s + B' (y* - y_s) / s is
+        # affine in x.
+        damped = hessian + sigma * torch.eye(m, dtype=dtype, device=device)
+        slope_y = torch.linalg.solve(damped, b_matrix - sigma * d.T)
+        shift_y = torch.linalg.solve(damped, c + sigma * a)
+        matrix = torch.eye(n, dtype=dtype, device=device) + d @ slope_y + b_matrix.T @ (m_matrix - slope_y) / sigma
+        return shape_x(torch.linalg.solve(matrix, b - d @ shift_y - b_matrix.T @ (k - shift_y) / sigma))
+
     def shape_x(p: Tensor) -> tree.Tree:
         return {"scale": p[0], "others": (p[1:].reshape(-1, 2),)} if split else p
 
@@ -69,6 +78,8 @@ def _build(n: int, m: int, condition: float, seed: int, dtype: torch.dtype, devi
         x_star=shape_x(x_star),
         y_star=shape_y(y_star),
         upper_star=float(upper(shape_x(x_star), shape_y(y_star))),
+        x_penalized=x_penalized,
+        lower_class="strongly convex",
         counter=counter,
     )
 

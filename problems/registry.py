@@ -75,9 +75,12 @@ def entry(name: str) -> Entry:
         return known[plain(name)]
     close = difflib.get_close_matches(plain(name), known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
+    bilevel = entries()
+    single = sorted(key for key, value in bilevel.items() if "bolib" not in value.tags)
     raise ValueError(
-        f"unknown case {name!r}{hint} Known: {', '.join(sorted(entries()))}; and {len(entries('constrained'))} "
-        "constrained problems: `bilevel list` in a shell, list(problems.entries('constrained')) in Python, names them"
+        f"unknown case {name!r}{hint} Known: {', '.join(single)}; {len(bilevel) - len(single)} problems of the BOLIB "
+        f"library and {len(entries('constrained'))} constrained problems: `bilevel list` in a shell, "
+        "list(problems.entries()) and list(problems.entries('constrained')) in Python, name them"
     )
 
 

@@ -92,5 +92,6 @@ def ridge_penalties(
         x_star=place(x_star),
         y_star=place(fitted(x_star)),
         upper_star=float(hyper_objective(x_star)),
+        lower_class="strongly convex",
         counter=counter,
     )

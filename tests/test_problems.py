@@ -23,6 +23,8 @@ from problems import registry
 from problems.case import Case, Report
 
 EXACT = sorted(name for name, found in problems.entries().items() if "exact" in found.tags)
+DIRECT = [name for name in EXACT if not problems.entry(name).tags & {"constraints", "penalty"}]
+"""Those whose lower level is strongly convex and has a set at most; test_closed_forms.py has the others."""
 
 
 def curvature(lower: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -66,14 +68,14 @@ class Hyper:
         return torch.tensor([(self(x + step) - self(x - step)) / (2 * width) for step in steps], dtype=x.dtype)
 
 
-@pytest.fixture(params=EXACT)
+@pytest.fixture(params=DIRECT)
 def hyper(request: pytest.FixtureRequest) -> Hyper:
     return Hyper(problems.case(request.param))
 
 
 def test_the_exact_cases_are_there() -> None:
     expected = {"quadratic", "quadratic_ill_conditioned", "quadratic_pytree", "box", "box_active", "ridge_penalties"}
-    assert expected <= set(EXACT)
+    assert expected <= set(DIRECT)
 
 
 def test_value_at_the_solution(hyper: Hyper) -> None:
@@ -100,6 +102,8 @@ def test_y_star_solves_the_lower_level(hyper: Hyper) -> None:
 
 
 def test_x_star_is_stationary(hyper: Hyper) -> None:
+    if hyper.case.name == "box_kink":  # no derivative there: the next test compares values
+        return
     x = tree.ravel(hyper.case.x_star)
     residual = x - hyper.project("upper", x - hyper.gradient(x))
     start = hyper.gradient(tree.ravel(hyper.x0))
@@ -163,7 +167,7 @@ def test_float32_is_kept(name: str) -> None:
     assert double.upper_star is not None
     assert single.upper_star == pytest.approx(double.upper_star, rel=1e-4)
     exact = tree.map(torch.Tensor.float, double.x_star)
-    assert float(tree.norm(tree.sub(single.x_star, exact))) < 1e-3 * float(tree.norm(exact))
+    assert float(tree.norm(tree.sub(single.x_star, exact))) <= 1e-3 * float(tree.norm(exact))
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -200,6 +204,10 @@ def test_distance_error_and_check() -> None:
         case.check(off)
     with pytest.raises(AssertionError, match="nan"):
         case.check(replace(solution, x=tree.map(lambda leaf: leaf * math.nan, case.x_star)))
+    several = replace(case, local_minima=(tree.scale(3.0, case.x_star),))
+    near = replace(solution, x=tree.map(lambda leaf: leaf + 1e-3, several.local_minima[0]))
+    assert several.distance(near) == pytest.approx(1e-3 * math.sqrt(5))
+    assert several.error(near) == pytest.approx(1e-3 * math.sqrt(5) / (3 * size))
     with pytest.raises(ValueError, match="case quadratic_pytree has no exact answer"):
         replace(case, x_star=None).distance(solution)
 

@@ -3,7 +3,9 @@
 import difflib
 from typing import Any
 
+from bilevel.auto import AUTO
 from bilevel.kinds.base import EXACT as EXACT
+from bilevel.kinds.base import Automatic as Automatic
 from bilevel.kinds.base import Chart as Chart
 from bilevel.kinds.base import Job as Job
 from bilevel.kinds.base import Kind as Kind
@@ -29,16 +31,19 @@ def declarations() -> str:
 def method(name: str) -> type[Any]:
     """The class of the method called ``name``, of any kind; upper and lower case, ``-`` and ``_`` do not matter.
 
+    "auto" is :class:`Automatic`, of every kind.
+
     Raises:
         ValueError: for an unknown name, with the names there are.
     """
     known = {_plain(key): cls for kind in KINDS.values() for key, cls in kind.methods().items()}
+    known[AUTO] = Automatic
     if _plain(name) in known:
         return known[_plain(name)]
     close = difflib.get_close_matches(_plain(name), known, n=1)
-    hint = f"; did you mean {known[close[0]].__name__}?" if close else "."
+    hint = f"; did you mean {known[close[0]]().name}?" if close else "."
     lists = "; ".join(f"for {kind.name} problems {', '.join(kind.methods())}" for kind in KINDS.values())
-    raise ValueError(f"unknown algorithm {name!r}{hint} Known: {lists}")
+    raise ValueError(f"unknown algorithm {name!r}{hint} Known: {lists}; and auto")
 
 
 def require_kind(cls: type[Any], kind: Kind, label: str) -> None:
@@ -47,7 +52,7 @@ def require_kind(cls: type[Any], kind: Kind, label: str) -> None:
     Raises:
         ValueError: naming the methods that there are for ``label``, a problem of this kind.
     """
-    if cls in kind.methods().values():
+    if cls is Automatic or cls in kind.methods().values():
         return
     other = next(k.name for k in KINDS.values() if cls in k.methods().values())
     raise ValueError(

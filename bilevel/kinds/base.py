@@ -9,10 +9,24 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from implicit import tree
+from implicit import StepInfo, tree
 from implicit.tree import Tree
 
 EXACT = "known exactly for this case"
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """Stands on the command line for the choice that ``solve`` makes itself."""
+
+    @property
+    def name(self) -> str:
+        """As it is typed."""
+        return "auto"
+
+    def settings(self) -> dict[str, Any]:
+        """None: those of an algorithm are set by naming it."""
+        return {}
 
 
 class Row(NamedTuple):
@@ -75,6 +89,8 @@ class Job:
         report: writes what is special to it into a directory.
         exact: compares a solution with the exact answer, where one is known.
         source: where the problem or its data come from.
+        best_known: the best known value of what is minimized (at the upper level).
+        lower_class: of the lower level, such as ``"convex"``; empty where nothing says it.
     """
 
     kind: "Kind"
@@ -85,6 +101,8 @@ class Job:
     report: Callable[[Any, Path], Any] | None = None
     exact: Callable[[Any], dict[str, float]] | None = None
     source: str = ""
+    best_known: float | None = None
+    lower_class: str = ""
 
 
 class Kind(ABC):
@@ -99,6 +117,7 @@ class Kind(ABC):
         accuracy_title: heads the accuracy rows of the summary.
         counted: names of the evaluations that are counted.
         meanings: of exact answers, where :data:`EXACT` does not say it.
+        automatic_text: what "auto" does.
         solve: its entry point, called with the problem, the method and the start.
     """
 
@@ -109,6 +128,7 @@ class Kind(ABC):
     chart: ClassVar[Chart]
     accuracy_title: ClassVar[str]
     counted: ClassVar[Mapping[str, str]]
+    automatic_text: ClassVar[str]
     meanings: ClassVar[Mapping[str, str]] = MappingProxyType({})
     solve: ClassVar[Callable[..., Any]]
 
@@ -129,6 +149,14 @@ class Kind(ABC):
         """
 
     @abstractmethod
+    def automatic(self) -> Any:
+        """What ``solve`` takes as its method to choose one itself."""
+
+    @abstractmethod
+    def entrants(self) -> tuple[str, ...]:
+        """The methods that a comparison tries if it is told none."""
+
+    @abstractmethod
     def job(self, case: Any) -> Job:
         """A registered case as a job."""
 
@@ -143,6 +171,14 @@ class Kind(ABC):
     @abstractmethod
     def opening(self, job: Job, state: Any) -> tuple[list[str], Tensor]:
         """What is about to be solved, in phrases, and a tensor with the dtype and device of the run."""
+
+    @abstractmethod
+    def evaluations(self, info: StepInfo) -> dict[str, int]:
+        """How often the functions of the problem have been evaluated so far."""
+
+    @abstractmethod
+    def verdict(self, job: Job, solution: Any) -> tuple[bool, str]:
+        """Whether a check that does not rest on the run accepts the point, and if not, why."""
 
     @abstractmethod
     def outcome(self, job: Job, solution: Any) -> Outcome:

@@ -6,13 +6,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-import bilevel
 from bilevel.algorithms.base import restrictions
+from bilevel.auto import AUTO
 from bilevel.kinds.base import Chart, Job, Kind, Outcome, Row, amount, count
 from bilevel.problem import BilevelProblem
 from bilevel.registry import algorithms
 from bilevel.solution import Accuracy, Solution
-from implicit import tree
+from bilevel.solve import solve
+from bilevel.verify import verify
+from implicit import StepInfo, tree
 from implicit.tree import Tree
 
 _EXPLAINED = {
@@ -47,7 +49,8 @@ class BilevelKind(Kind):
         "lower": "lower evaluations (each with a gradient)",
         "products": "second-order products",
     }
-    solve = staticmethod(bilevel.solve)
+    automatic_text = "picked by what is declared and by the curvature of the lower level, and it says why"
+    solve = staticmethod(solve)
 
     def declares(self, value: Any) -> bool:
         """Whether ``value`` is a :class:`BilevelProblem`."""
@@ -67,6 +70,14 @@ class BilevelKind(Kind):
             reasons.append(reason)
         raise ValueError(f"no algorithm fits this problem: {'; '.join(reasons)}")
 
+    def automatic(self) -> str:
+        """The name that chooses by the structure of the problem."""
+        return AUTO
+
+    def entrants(self) -> tuple[str, ...]:
+        """Every registered algorithm, and the automatic choice."""
+        return (*algorithms(), AUTO)
+
     def job(self, case: Any) -> Job:
         """The case with its budget, its report, and its exact answer."""
         return Job(
@@ -78,6 +89,8 @@ class BilevelKind(Kind):
             report=case.report,
             exact=functools.partial(_compare, case) if case.x_star is not None else None,
             source=case.source,
+            best_known=case.upper_star,
+            lower_class=case.lower_class or _declared_class(case.problem),
         )
 
     def start(self, problem: BilevelProblem) -> tuple[Tree, ...] | None:
@@ -101,6 +114,15 @@ class BilevelKind(Kind):
             parts.append(_restriction(job, name))
         return parts, tree.leaves(state.y)[0]
 
+    def evaluations(self, info: StepInfo) -> dict[str, int]:
+        """Those of the run."""
+        return dict(info.state.counts)
+
+    def verdict(self, job: Job, solution: Solution) -> tuple[bool, str]:
+        """That of :func:`bilevel.verify` at its default tolerance."""
+        found = verify(job.problem, solution.x, solution.y)
+        return found.accepted, "; ".join(found.reasons)
+
     def outcome(self, job: Job, solution: Solution) -> Outcome:
         """Both values, the metrics and the accuracy report."""
         return Outcome(
@@ -121,9 +143,13 @@ class BilevelKind(Kind):
             },
             rows=[Row("lower value", solution.lower_value), *(Row(*item) for item in solution.metrics.items())],
             accuracy=_accuracy(solution.accuracy),
-            notes=solution.accuracy.notes,
+            notes=((f"auto chose {solution.choice}",) if solution.choice else ()) + solution.accuracy.notes,
             like=tree.leaves(solution.y)[0],
         )
+
+
+def _declared_class(problem: BilevelProblem) -> str:
+    return "strongly convex" if problem.strong_convexity is not None else ""
 
 
 def _restriction(job: Job, name: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 import constrained
 from bilevel.kinds.base import Chart, Job, Kind, Outcome, Row, amount, count
 from constrained.registry import default_method, methods
-from implicit import tree
+from implicit import StepInfo, tree
 from implicit.tree import Tree
 
 _EXPLAINED = {
@@ -18,6 +18,7 @@ _EXPLAINED = {
     "complementarity": "largest product of a multiplier and its constraint, scaled like the stationarity",
 }
 _PARTS = {"equality": "h(x) = 0", "inequality": "c(x) <= 0", "lower": "lower bounds", "upper": "upper bounds"}
+_VERIFIED = 1e-6
 _SAME_VALUE = 1e-6  # relative; published values have ten digits, solutions of degenerate problems fewer
 
 
@@ -45,6 +46,7 @@ class ConstrainedKind(Kind):
         "optimal_objective": "f*, the best known value",
         "other_known_minimum": "f at a known local minimum, which is where the run ended",
     }
+    automatic_text = "AdaSketchNewton for equality constraints alone, InteriorPoint otherwise"
     solve = staticmethod(constrained.solve)
 
     def declares(self, value: Any) -> bool:
@@ -59,6 +61,14 @@ class ConstrainedKind(Kind):
         """What ``constrained.solve`` takes."""
         return default_method(problem)
 
+    def automatic(self) -> None:
+        """``constrained.solve`` chooses if it is given none."""
+        return None
+
+    def entrants(self) -> tuple[str, ...]:
+        """Every registered method; the automatic choice is one of them."""
+        return tuple(methods())
+
     def job(self, case: Any) -> Job:
         """The case with its published start and its best known answer."""
         known = case.f_star is not None or case.x_star is not None
@@ -69,6 +79,7 @@ class ConstrainedKind(Kind):
             settings=case.settings,
             exact=functools.partial(_compare, case) if known else None,
             source=case.source,
+            best_known=case.f_star,
         )
 
     def opening(self, job: Job, state: Any) -> tuple[list[str], Tensor]:
@@ -78,6 +89,17 @@ class ConstrainedKind(Kind):
         bounded = [side for side in ("lower", "upper") if getattr(job.problem, side) is not None]
         found += [f"{' and '.join(bounded)} bounds"] if bounded else []
         return [f"x has {count(job.start[0])}", ", ".join(found) or "no constraints"], state.x
+
+    def evaluations(self, info: StepInfo) -> dict[str, int]:
+        """Those of the run; nothing before the first point is evaluated."""
+        point = info.state.point
+        return {} if point is None else dict(point.lagrangian.counts)
+
+    def verdict(self, job: Job, solution: constrained.Solution) -> tuple[bool, str]:
+        """Whether the residual of the optimality conditions, measured again at the end, is at most 1e-6."""
+        largest = solution.residual.largest
+        accepted = largest <= _VERIFIED
+        return accepted, "" if accepted else f"KKT residual {largest:.3g}, above {_VERIFIED:g}"
 
     def outcome(self, job: Job, solution: constrained.Solution) -> Outcome:
         """Objective, multipliers, residuals and curvature."""
