@@ -10,14 +10,25 @@ if getattr(_implicit, "ENGINE_OF", None) != "bilevel":
     )
 
 from bilevel import testing as testing
+from bilevel.algorithms import F2BA as F2BA
+from bilevel.algorithms import F2SA as F2SA
+from bilevel.algorithms import F3SA as F3SA
+from bilevel.algorithms import LVHBA as LVHBA
 from bilevel.algorithms import Algorithm as Algorithm
 from bilevel.algorithms import ImplicitGradient as ImplicitGradient
+from bilevel.algorithms import KKTRelaxation as KKTRelaxation
 from bilevel.algorithms import Penalty as Penalty
+from bilevel.algorithms import Proximal as Proximal
+from bilevel.algorithms import SingleLoop as SingleLoop
 from bilevel.auto import Choice as Choice
 from bilevel.auto import choose as choose
 from bilevel.compare import compare as compare
 from bilevel.comparison import Comparison as Comparison
 from bilevel.data import Batches as Batches
+from bilevel.estimators import Momentum as Momentum
+from bilevel.estimators import Storm as Storm
+from bilevel.from_cvxpy import CvxpyProblem as CvxpyProblem
+from bilevel.from_cvxpy import from_cvxpy as from_cvxpy
 from bilevel.modules import ModuleProblem as ModuleProblem
 from bilevel.modules import from_modules as from_modules
 from bilevel.problem import BilevelProblem as BilevelProblem
@@ -39,6 +50,7 @@ from implicit import Status as Status
 from implicit import load_checkpoint as load_checkpoint
 
 __all__ = [
+    "LVHBA",
     "Accuracy",
     "Algorithm",
     "Batches",
@@ -46,21 +58,31 @@ __all__ = [
     "Choice",
     "Comparison",
     "ConvergenceWarning",
+    "CvxpyProblem",
+    "F2BA",
+    "F2SA",
+    "F3SA",
     "ImplicitGradient",
+    "KKTRelaxation",
     "ModuleProblem",
+    "Momentum",
     "PathEfficiency",
     "Penalty",
     "Progress",
+    "Proximal",
     "SaveCheckpoint",
+    "SingleLoop",
     "SingularHypergradient",
     "Solution",
     "SolveError",
     "Status",
+    "Storm",
     "Verification",
     "algorithm",
     "algorithms",
     "choose",
     "compare",
+    "from_cvxpy",
     "from_modules",
     "load_checkpoint",
     "singular_hypergradient",

@@ -63,7 +63,7 @@ def twice_differentiable(oracle: Oracle, x: Tree, y: Tree) -> bool:
     try:
         graph = oracle.graph(x, y)
         graph.joint(graph.gradient)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the engine explains torch's refusal by a ValueError
         return False
     return True
 

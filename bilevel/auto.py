@@ -19,7 +19,8 @@ from implicit.tree import Tree
 
 AUTO = "auto"
 SMALL = 200
-"""Numbers in x and y up to which optimality systems with matrices, several starts and a check of the end are cheap."""
+"""Unknowns of the optimality system (x, y and one multiplier per lower row and bound) up to which its matrices, several
+starts and a check of the end are cheap."""
 DENSE = 300
 """Numbers in y up to which all eigenvalues of g_yy are computed; beyond, the extremes of a Lanczos run."""
 LANCZOS_STEPS = 30
@@ -27,7 +28,7 @@ SINGULAR = 1e-8
 """An eigenvalue of g_yy below this fraction of the largest counts as zero, and one below minus it as negative."""
 SINGULAR_RITZ = 1e-5
 """The same for a Lanczos run, whose smallest value is an overestimate."""
-NEIGHBOURS = 4
+NEIGHBOURS = 8
 """Points around the start where the curvature is measured too: one point says little about a level that is not
 quadratic."""
 
@@ -66,12 +67,13 @@ class Probe:
 def choose(problem: BilevelProblem, x0: Tree, y0: Tree) -> Choice:
     """The algorithm that "auto" takes for ``problem`` from this start.
 
-    Constraint functions decide first: :class:`KKTRelaxation` for small problems, :class:`LVHBA` for large ones and for
-    minibatches. A lower set with a projection goes to :class:`Penalty`. Without any of them the eigenvalues of g_yy are
-    measured at the start and, on small problems, at four points around it: all positive means
-    :class:`ImplicitGradient`, some zero means :class:`Penalty`; negative ones mean :class:`KKTRelaxation` with its
-    several starts on small problems and :class:`Penalty` on large ones. Of these the first that is registered and does
-    not refuse the problem is taken; the next one is the fallback.
+    What restricts y decides first. Constraint functions go to :class:`KKTRelaxation` on small problems, to
+    :class:`LVHBA` on large ones and on minibatches; a lower set with a projection goes to :class:`KKTRelaxation` on
+    small problems, else to :class:`Penalty`. Without any of them the eigenvalues of g_yy are measured at the start and,
+    on small problems, at eight points around it: all positive means :class:`ImplicitGradient`, some zero means
+    :class:`Penalty`; negative ones mean :class:`KKTRelaxation` with its several starts on small problems and
+    :class:`Penalty` on large ones. Of these the first that is registered and does not refuse the problem is taken; the
+    next one is the fallback.
 
     Args:
         problem: the declaration.
@@ -89,8 +91,7 @@ def choose(problem: BilevelProblem, x0: Tree, y0: Tree) -> Choice:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run validates again, aloud
         problem.validate(x0, y0)
-    size = tree.size(x0) + tree.size(y0)
-    order, why = _order(problem, x0, y0, size <= SMALL)
+    order, why = _order(problem, x0, y0, unknowns(problem, x0, y0) <= SMALL)
     known = algorithms()
     names = [*(name for name in order if name in known), *(name for name in known if name not in order)]
     reasons = {name: known[name]().refuses(problem) for name in names}
@@ -108,6 +109,14 @@ def choose(problem: BilevelProblem, x0: Tree, y0: Tree) -> Choice:
     )
 
 
+def unknowns(problem: BilevelProblem, x: Tree, y: Tree) -> int:
+    """The size of the optimality system of the lower level together with x."""
+    with torch.no_grad():
+        rows = [tree.size(problem.constraint(name, x, y)) for name in problem.constraints if name.startswith("lower")]
+    sides = 0 if problem.lower_set.is_whole_space else 2 * tree.size(y)
+    return tree.size(x) + tree.size(y) + sum(rows) + sides
+
+
 def _order(problem: BilevelProblem, x0: Tree, y0: Tree, small: bool) -> tuple[list[str], str]:
     """Names of algorithms, the best first, and why."""
     declared = restrictions(problem)
@@ -120,7 +129,8 @@ def _order(problem: BilevelProblem, x0: Tree, y0: Tree, small: bool) -> tuple[li
             return [*exact, "LVHBA", "Penalty"], f"{what}, small enough for its optimality system"
         return ["LVHBA", "Penalty"], f"{what}, too large for an optimality system with matrices"
     if "lower_set" in declared:
-        return ["Penalty", *exact, "LVHBA"], "y in a set with a projection"
+        said = "y in a set with a projection"
+        return [*exact, "Penalty", "LVHBA"], f"{said}, small enough for its optimality system" if exact else said
     probe = probe_lower_level(problem, x0, y0, small)
     said = f"no constraint on y{', minibatches' if problem.stochastic else ''}, {probe.said}"
     if probe.shape == "strongly convex":
@@ -157,8 +167,8 @@ def probe_lower_level(problem: BilevelProblem, x0: Tree, y0: Tree, around: bool 
         return Probe(smallest=float("nan"), largest=float("nan"), shape="unknown", said=said)
     eps = torch.finfo(tree.common_dtype(y0)).eps
     zero = max(SINGULAR if dense else SINGULAR_RITZ, 1e3 * eps)
-    smallest, largest = min(low for low, _ in finite), max(abs(high) for _, high in finite)
-    size = max(largest, abs(smallest))
+    smallest, largest = min(low for low, _ in finite), max(high for _, high in finite)
+    size = max(abs(largest), abs(smallest))
     if any(low < -zero * max(abs(low), abs(high)) for low, high in finite):
         shape = "nonconvex"
     elif any(low <= zero * max(abs(low), abs(high)) for low, high in finite):
@@ -221,7 +231,7 @@ def solve_automatically(
         that fails.
     """
     choice = choose(problem, x0, y0)
-    checked = not problem.stochastic and tree.size(x0) + tree.size(y0) <= SMALL
+    checked = not problem.stochastic and unknowns(problem, x0, y0) <= SMALL
     refused: ValueError | None = None
     try:
         first = _confirmed(problem, attempt(choice.algorithm, max_steps, time_limit), checked)

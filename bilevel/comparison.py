@@ -103,7 +103,7 @@ class Trial:
         if self.false_claim:
             return "FALSE CLAIM"
         if not self.verified:
-            return "not verified"
+            return "unverified"
         return {True: "solved", False: "worse point", None: "verified"}[self.solved]
 
     def row(self) -> dict[str, Any]:

@@ -239,8 +239,7 @@ def run_one(task: _Task, job: Job | Exception) -> Trial:
     if isinstance(job, Exception):
         return replace(blank, message=f"the case cannot be built: {_describe(job)}")
     blank = replace(blank, lower_class=job.lower_class or UNKNOWN, best_known=job.best_known)
-    method = task.entrant.method
-    reason = None if method is None else method.refuses(job.problem)
+    reason = _refusal(job, task.entrant.method)
     if reason is not None:
         return replace(blank, status=REFUSED, message=reason)
     recorder = _Recorder(job)
@@ -249,6 +248,14 @@ def run_one(task: _Task, job: Job | Exception) -> Trial:
         trial = _solve(task, job, blank, recorder)
     texts = dict.fromkeys(str(item.message) for item in caught if issubclass(item.category, UserWarning))
     return replace(trial, warnings="; ".join(texts))
+
+
+def _refusal(job: Job, method: Any) -> str | None:
+    """Why the method does not fit; for the automatic choice, why none does."""
+    if method is not None:
+        return method.refuses(job.problem)
+    reasons = [cls().refuses(job.problem) for cls in job.kind.methods().values()]
+    return None if None in reasons else f"no algorithm fits: {'; '.join(map(str, reasons))}"
 
 
 def _solve(task: _Task, job: Job, blank: Trial, recorder: _Recorder) -> Trial:

@@ -54,7 +54,7 @@ def _runs(found: Comparison) -> str:
         gap = "" if trial.gap is None else f"{trial.gap:.1e}"
         row = [trial.algorithm, *([str(trial.seed)] if several else []), status_text(trial), trial.verdict]
         row += [f"{trial.value:.6g}", *([gap] if values != {None} else [])]
-        rows.append([*row, f"{trial.steps:,}", f"{trial.seconds:.3g}", f"{trial.calls:,}", str(trial.starts)])
+        rows.append([*row, f"{trial.steps:,}", f"{trial.seconds:.3g}", _count(trial.calls), str(trial.starts)])
     best = f"; best known upper value {known:.8g}" if known is not None else ""
     lower = found.trials[0].lower_class
     kind = f"; lower level {lower}" if lower != UNKNOWN else ""
@@ -63,7 +63,10 @@ def _runs(found: Comparison) -> str:
 
 def _matrix(found: Comparison) -> str:
     labels = found.algorithms
-    broken = [re.sub(r"(?<=[a-z])(?=[A-Z])", "\n", label, count=1).rpartition("\n") for label in labels]
+    broken = [
+        re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "\n", label, count=1).rpartition("\n")
+        for label in labels
+    ]
     heads = [["", *(first for first, _, _ in broken)], ["case", *(last for _, _, last in broken)]]
     classes = sorted({trial.lower_class for trial in found.trials}, key=_class_order)
     rows: list[list[str]] = []
@@ -100,7 +103,7 @@ def _summary(tallies: Sequence[Tally]) -> str:
             continue
         row = [tally.algorithm if tally.algorithm != last else "", tally.lower_class]
         row += [str(tally.fitting), str(tally.claimed), str(tally.verified), f"{tally.solved}/{tally.known}"]
-        rows.append([*row, str(tally.false_claims), f"{tally.seconds:.3g}", f"{tally.calls:,.0f}"])
+        rows.append([*row, str(tally.false_claims), f"{tally.seconds:.3g}", _count(tally.calls)])
         last = tally.algorithm
     return aligned(header, rows, left=2)
 
@@ -123,6 +126,10 @@ def _remarks(found: Comparison, width: int, single: bool) -> str:
     return "\n".join(
         lines + ([f"... and {more} more remarks: see the columns message and reasons"] if more > 0 else [])
     )
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number < 1e6 else f"{number:.2g}"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

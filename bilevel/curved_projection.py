@@ -20,6 +20,10 @@ from implicit.transforms import batched
 
 Rows = Callable[[Tensor], Tensor]
 STEPS = 40
+PATIENCE = 6
+APART = 0.05
+CUTS = 100
+INTERIOR_STEPS = 300
 SHORTEST = 2.0**-20
 ARMIJO = 1e-4
 DENSE_LIMIT = 2_000
@@ -61,6 +65,56 @@ class _Iterate:
     error: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Cuts:
+    """Equations and linearised rows ``matrix z = / <= side``, the row that each comes from, and their multipliers."""
+
+    matrix: Tensor
+    side: Tensor
+    owner: Tensor
+    force: Tensor
+
+    @classmethod
+    def none(cls, at: _Iterate, equalities: int) -> "_Cuts":
+        """The equations alone."""
+        equations = torch.arange(equalities, device=at.z.device)
+        J = at.structure.dense()[equations]
+        return cls(J, J @ at.z - at.values[equations], equations, at.values.new_zeros(equalities))
+
+    def joined(self, at: _Iterate, equalities: int) -> "_Cuts":
+        """With the violated rows, linearised at one more point."""
+        new = (at.values > 0).nonzero()[:, 0]
+        new = new[new >= equalities]
+        J = at.structure.dense()[new]
+        side, force = (
+            torch.cat([self.side, J @ at.z - at.values[new]]),
+            torch.cat([self.force, at.values.new_zeros(len(new))]),
+        )
+        return _Cuts(torch.cat([self.matrix, J]), side, torch.cat([self.owner, new]), force)
+
+    def projection(self, equalities: int, lower: Tensor, upper: Tensor) -> RowProjection:
+        index = self.matrix.nonzero().mT
+        shape = (len(self.matrix), self.matrix.shape[1])
+        structure = RowStructure.of(index, self.matrix[index[0], index[1]], shape)
+        return RowProjection(structure, self.side, equalities, lower, upper)
+
+    def active(self, force: Tensor, equalities: int) -> "_Cuts":
+        """Those that hold the point, and the equations."""
+        keep = (force > 0) | (torch.arange(len(force), device=force.device) < equalities)
+        return _Cuts(self.matrix[keep], self.side[keep], self.owner[keep], force[keep])
+
+    def kinked(self, rows: int) -> Tensor:
+        """Which rows hold the point by gradients of different directions, ``(rows,)``."""
+        units = torch.nn.functional.normalize(self.matrix, dim=1)
+        sums = units.new_zeros(rows, units.shape[1]).index_add(0, self.owner, self.force.abs()[:, None] * units)
+        apart = (units - torch.nn.functional.normalize(sums, dim=1)[self.owner]).norm(dim=1) > APART
+        return torch.zeros(rows, dtype=torch.bool, device=units.device).index_put((self.owner[apart],), apart[apart])
+
+    def total(self, like: Tensor) -> Tensor:
+        """The multipliers summed over the cuts of each row."""
+        return torch.zeros(len(like), dtype=self.force.dtype, device=like.device).index_add(0, self.owner, self.force)
+
+
 class CurvedProjection:
     """``{z : rows(z) = 0`` in the first ``equalities`` rows, ``rows(z) <= 0`` in the others, ``lower <= z <= upper}``.
 
@@ -72,15 +126,25 @@ class CurvedProjection:
         z: a point where rows are defined, ``(n,)``; the structure of the Hessian is looked at near it.
         equalities: how many rows are equations.
         lower, upper: bounds, ``(n,)``.
+        diagonal: whether the Hessian of every row is diagonal; None looks.
     """
 
-    def __init__(self, rows: Rows, z: Tensor, equalities: int, lower: Tensor, upper: Tensor) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        z: Tensor,
+        equalities: int,
+        lower: Tensor,
+        upper: Tensor,
+        *,
+        diagonal: bool | None = None,
+    ) -> None:
         self.rows, self.equalities, self.lower, self.upper = rows, equalities, lower, upper
         self.anchor = z.detach()
         with torch.no_grad():
             count = len(rows(self.anchor))
         self.equation = torch.arange(count, device=z.device) < equalities
-        self.diagonal = self._is_diagonal()
+        self.diagonal = self._is_diagonal() if diagonal is None else diagonal
 
     def project(self, point: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor, Status, float]:
         """The nearest point, multipliers, status and error; from the multipliers of a projection nearby, or zeros."""
@@ -88,6 +152,9 @@ class CurvedProjection:
         start = self._clip(point)
         best = self._correct(point, start, multiplier)
         if not best.error <= good:
+            cut = self._by_cuts(point, start)
+            if cut is not None:
+                return cut.z, cut.multiplier, Status.CONVERGED, cut.error
             found = self._from_inside(point, best.z if best.error == best.error else self.anchor)
             if found.status is Status.INFEASIBLE:
                 return found.x, torch.zeros_like(multiplier), Status.INFEASIBLE, best.error
@@ -102,8 +169,9 @@ class CurvedProjection:
         """Newton steps with a line search; the best iterate."""
         goal = accuracy(point.dtype)
         here = best = self._at(point, z, multiplier)
+        idle = 0
         for _ in range(STEPS):
-            if not here.error > goal:
+            if not here.error > goal or idle >= PATIENCE:
                 break
             found = self._step(point, here)
             if found is None:
@@ -111,9 +179,57 @@ class CurvedProjection:
             there = self._searched(point, here, *found)
             if there is None:
                 break
-            here = there
+            here, idle = there, 0 if there.error < 0.5 * best.error else idle + 1
             best = here if here.error < best.error else best
         return best
+
+    def _by_cuts(self, point: Tensor, start: Tensor) -> _Iterate | None:
+        """The projection onto rows linearised at all points met, until it satisfies the rows; None where that fails.
+
+        The way to where rows have kinks, such as the apex of a cone, which no multipliers of one gradient describe.
+        Linearised convex rows hold in the whole set, so that the nearest point to satisfy them is the projection as
+        soon as it is in the set.
+        """
+        q, good = self.equalities, accuracy(point.dtype) ** 0.7
+        at = self._at(point, start, torch.zeros_like(self.equation, dtype=point.dtype))
+        cuts = _Cuts.none(at, q)
+        for _ in range(CUTS):
+            cuts = cuts.joined(at, q)
+            rows = cuts.projection(q, self.lower, self.upper)
+            found = rows.project(point, cuts.force / rows.unit)
+            if not found.error <= good:
+                return None
+            cuts = cuts.active(found.multiplier * rows.unit, q)
+            at = self._at(point, found.z, cuts.total(self.equation))
+            if float(self._relative(at).amax()) <= good**0.75:
+                return self._refined(point, at, cuts)
+        return None
+
+    def _refined(self, point: Tensor, at: _Iterate, cuts: _Cuts) -> _Iterate | None:
+        """Newton steps with the cuts in place of the rows that have kinks; None unless that proves the projection."""
+        kinked = cuts.kinked(len(self.equation)) & ~self.equation
+        smooth, chosen = (~kinked).nonzero()[:, 0], kinked[cuts.owner]
+        matrix, side, owner = cuts.matrix[chosen], cuts.side[chosen], cuts.owner[chosen]
+
+        def rows(z: Tensor) -> Tensor:
+            return torch.cat([self.rows(z)[smooth], matrix @ z - side])
+
+        inner = CurvedProjection(rows, at.z, self.equalities, self.lower, self.upper, diagonal=self.diagonal)
+        best = inner._correct(point, at.z, torch.cat([at.multiplier[smooth], cuts.force[chosen]]))
+        count = len(smooth)
+        multiplier = torch.zeros_like(at.multiplier).index_copy(0, smooth, best.multiplier[:count])
+        end = self._at(point, best.z, multiplier.index_add(0, owner, best.multiplier[count:]))
+        left = self._relative(end)
+        error = max(best.error, float(left.amax()))
+        good = accuracy(point.dtype) ** 0.7
+        # A row below its own linearisation is not convex.
+        proved = error <= good and bool((left[owner] >= -good).all())
+        return _Iterate(end.z, end.multiplier, end.values, end.structure, error) if proved else None
+
+    def _relative(self, at: _Iterate) -> Tensor:
+        """Values of the rows, of equations their size, as distances relative to ``1 + max |z|``."""
+        values = torch.where(self.equation, at.values.abs(), at.values)
+        return values / (at.structure.lengths().clamp(min=1.0) * (1 + at.z.abs().amax()))
 
     def _at(self, point: Tensor, z: Tensor, multiplier: Tensor) -> _Iterate:
         index, entries, values = sparse_jacobian(self.rows, z)
@@ -197,7 +313,9 @@ class CurvedProjection:
             upper=self.upper,
             name="a projection",
         )
-        return constrained.solve(problem, constrained.InteriorPoint(), z, raise_on_failure=False)
+        return constrained.solve(
+            problem, constrained.InteriorPoint(), z, max_steps=INTERIOR_STEPS, raise_on_failure=False
+        )
 
     def _clip(self, z: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(z, self.lower), self.upper)

@@ -1,5 +1,6 @@
 """Projections of pairs (x, y) onto everything that a bilevel problem declares about them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from constrained.qp.row_projection import RowProjection
 from constrained.qp.row_structure import RowStructure
 from constrained.quadratic_program import solve_qp
 from constrained.sets import ConvexSet
-from implicit import Status
+from implicit import SolveError, Status
 
 DENSE_LIMIT = 4_000
 """Up to this many variables and rows together an empty set is proved, which needs matrices."""
@@ -47,7 +48,7 @@ class JointProjection:
     in the vectors of a :class:`FlatProblem`. How it is computed is found by looking at the problem, once:
 
     - bounds alone are clipped; sets without constraint functions are projected onto one by one; a declared
-      ``joint_set`` is used after it has been compared with what the constraints say at two points;
+      ``joint_set`` is used after it has been compared with what the constraints say at a few points;
     - affine rows: a semismooth Newton method on the active rows and bounds, which from the multipliers of a projection
       nearby takes one or two linear systems. Variables that enter a single row are eliminated, so that the systems
       are as small as the number of variables that rows share; other factors are kept while the active rows stay;
@@ -147,7 +148,7 @@ class JointProjection:
         problem = self.flat.problem
         if not count:
             return "bounds"
-        if not affine and not problem.constraints and self._scale is None:
+        if not affine and not problem.constraints and self._scale is None and self._succeeds(self._by_sets, z):
             return "sets"
         if affine:
             self._affine = self._row_projection(z)
@@ -157,11 +158,19 @@ class JointProjection:
                 self._unit_values, z / self._lengths_or_one(), self.equalities, self._lower, self._upper
             )
             general = "curved rows"
-        if problem.joint_set is None or self._scale is not None:
+        if problem.joint_set is None or self._scale is not None or not self._succeeds(self._by_joint_set, z):
             return general
         self._compare(problem.joint_set, z, count, general)
         self._affine = self._curved = None
         return "joint set"
+
+    def _succeeds(self, project: Callable[[Tensor, Tensor, Tensor], JointPoint], z: Tensor) -> bool:
+        """Whether sets can be projected onto; an empty one is reported by the general method."""
+        try:
+            project(z[: self.n], z[self.n :], z[:0])
+        except SolveError:
+            return False
+        return True
 
     def _compare(self, chosen: ConvexSet, z: Tensor, count: int, general: str) -> None:
         """Refuse a declared set that is not what the constraints say."""
@@ -169,8 +178,8 @@ class JointProjection:
         blank = torch.zeros(count, dtype=z.dtype, device=z.device)
         tolerance = float(torch.finfo(z.dtype).eps) ** 0.35
         self.method = general
-        for reach in (0.1, 3.0):
-            noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+        noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+        for reach in (0.3, -0.3, 3.0, -3.0, 30.0, -30.0):
             x, y = (z + reach * (1 + z.abs()) * noise).split([self.n, self.flat.m])
             declared, own = self._by_joint_set(x, y, blank[:0]), self.project(x, y, blank)
             here, there = torch.cat([declared.x, declared.y]), torch.cat([own.x, own.y])

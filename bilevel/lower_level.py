@@ -26,6 +26,7 @@ class LowerSolution:
         residual: of the optimality conditions, measured at (y, multipliers).
         status: how the solver ended.
         value: g(x, y).
+        convex: whether the level was found to be a convex quadratic program, so that a KKT point is a global minimizer.
     """
 
     y: Tensor
@@ -33,6 +34,7 @@ class LowerSolution:
     residual: KKTResidual
     status: Status
     value: float
+    convex: bool = False
 
 
 def solve_lower_level(
@@ -153,7 +155,12 @@ def _quadratic(flat: FlatProblem, problem: ConstrainedProblem, x: Tensor, y: Ten
     point = lagrangian.at(solution.x)
     residual = KKTResidual(*measure(lagrangian, point, duals).tolist())
     return LowerSolution(
-        y=solution.x, multipliers=duals, residual=residual, status=status, value=float(point.objective)
+        y=solution.x,
+        multipliers=duals,
+        residual=residual,
+        status=status,
+        value=float(point.objective),
+        convex=True,
     )
 
 

@@ -27,7 +27,9 @@ NEWTON = 200
 """From so many unknowns on, a level without constraints is minimized by Newton-CG."""
 BOXES = ((1.0, 512), (10.0, 512), (100.0, 1_024))
 """Half widths of the sampled boxes relative to the size of the point, where y has no bounds, and samples in each."""
-BATCH_STEPS = 100
+STEPS = 300
+"""Of each solver."""
+BATCH_STEPS = 50
 RESTORATIONS = 40
 SAMPLE_RESTORATIONS = 3
 ROUNDING = 64.0
@@ -68,7 +70,7 @@ def search_lower_level(flat: FlatProblem, x: Tensor, y: Tensor, *, starts: int, 
     Up to :data:`SAMPLED` unknowns, :data:`SAMPLES` scrambled Sobol points in boxes around y (within its bounds) are
     moved to the constraints and evaluated, and minimization starts at the samples that are lowest among their
     neighbours (topographical search, Toern and Viitanen 1992). Beyond that it starts from ``starts`` random points, at
-    a tenth of, once and ten times the size of y, and within the bounds.
+    a tenth of, once and ten times the size of y, and within the bounds; a convex quadratic program needs none.
     """
     search = _Searcher(flat, x, y, generator)
     own = search.minimize(y)
@@ -79,7 +81,7 @@ def search_lower_level(flat: FlatProblem, x: Tensor, y: Tensor, *, starts: int, 
         candidates += sampled.lowest
         begin, notes = [*sampled.lowest, *search.around(starts)], list(sampled.notes)
     else:
-        begin = search.around(starts)
+        begin = [] if own.convex and own.status is Status.CONVERGED else search.around(starts)
     ends = search.minimize_all(begin, starts)
     every = torch.stack([c for c in [*candidates, *ends] if bool(torch.isfinite(c).all())] or [y])
     restored, broken = search.restore(every, RESTORATIONS, _least)
@@ -152,9 +154,14 @@ class _Searcher:
 
     def minimize(self, y: Tensor) -> LowerSolution:
         """From one start, by the solver that fits."""
-        if not (self.level.free and len(y) >= NEWTON):
-            return solve_lower_level(self.flat, self.x, y)
-        end = solve_lower(self._value, y, self.flat.problem)
+        if not self.level.free:
+            return solve_lower_level(self.flat, self.x, y, max_steps=STEPS)
+        try:
+            if len(y) < NEWTON:
+                return solve_lower_level(self.flat, self.x, y, max_steps=STEPS)
+            end = solve_lower(self._value, y, self.flat.problem)
+        except (RuntimeError, ValueError):  # no second derivatives
+            end = solve_lower(self._value, y, self.flat.problem, first_order=True)
         value, slope = _value_and_slope(self._value, end)
         blank = y.new_zeros(0)
         zeros = torch.zeros_like(y)
@@ -295,7 +302,7 @@ class _Searcher:
 
 def _least(rows: Tensor, target: Tensor) -> Tensor:
     """Of minimum norm, exactly."""
-    return (torch.linalg.pinv(rows, rtol=1e-6) @ target[..., None])[..., 0]
+    return (torch.linalg.pinv(rows, rtol=1e-10) @ target[..., None])[..., 0]
 
 
 def _damped(rows: Tensor, target: Tensor) -> Tensor:

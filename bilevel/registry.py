@@ -2,9 +2,9 @@
 
 import difflib
 
-from bilevel.algorithms import Algorithm, ImplicitGradient, Penalty
+from bilevel.algorithms import LVHBA, Algorithm, ImplicitGradient, KKTRelaxation, Penalty
 
-_ALGORITHMS: tuple[type[Algorithm], ...] = (ImplicitGradient, Penalty)
+_ALGORITHMS: tuple[type[Algorithm], ...] = (ImplicitGradient, Penalty, LVHBA, KKTRelaxation)
 
 
 def algorithms() -> dict[str, type[Algorithm]]:

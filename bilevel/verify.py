@@ -18,6 +18,8 @@ from implicit.tree import Tree
 
 FLOOR = 1e3
 """Multiples of eps(dtype) below which a tolerance cannot be checked."""
+IRREGULAR = 1e-2
+"""A minimizer with a larger KKT residual has no multipliers."""
 
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -27,6 +29,8 @@ class Verification:
     Attributes:
         accepted: whether (x, y) satisfies all constraints and no lower feasible point with a smaller g was found,
             within ``tolerance``. Also the truth value of this object.
+        proved: whether that is certain. A violation and a better y are; that there is none is proved where the lower
+            level is a convex quadratic program (as its derivatives at three points tell), which was solved.
         reasons: why not, one sentence each; empty if accepted.
         notes: what limits the check, or is worth knowing and does not decide.
         tolerance: the one in use: the requested, but at least a thousand roundings of the dtype.
@@ -43,6 +47,7 @@ class Verification:
     """
 
     accepted: bool
+    proved: bool
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
     tolerance: float
@@ -60,8 +65,9 @@ class Verification:
 
     def __str__(self) -> str:
         gap = "not known" if self.optimality_gap is None else f"{self.optimality_gap:.3g}"
+        verdict = "not accepted" if not self.accepted else "accepted, with proof," if self.proved else "accepted"
         lines = [
-            ("accepted" if self.accepted else "not accepted") + f" at tolerance {self.tolerance:.3g}",
+            f"{verdict} at tolerance {self.tolerance:.3g}",
             f"  upper feasibility  {self.upper_feasibility:.3g}",
             f"  lower feasibility  {self.lower_feasibility:.3g}",
             f"  optimality gap     {gap} (g = {self.lower_value:.8g})",
@@ -171,20 +177,26 @@ def _verify(
     ]
     if better and gap is not None:
         reasons.append(_better_reason(flat, search, gap, value))
-    elif gap is None and violations["lower"] <= tolerance:
+    open_end = gap is None and violations["lower"] <= tolerance
+    if open_end:
         reasons.append("no lower feasible point was found to compare y with, so that its optimality is not established")
     notes = [*flat.notes, *search.notes]
-    if kkt is not None and not better and gap is not None and not kkt.largest <= math.sqrt(tolerance):
+    if kkt is not None and not better and gap is not None and not kkt.largest <= IRREGULAR:
         notes.append(
             f"y has no smaller value beside it, but is no KKT point of the lower level (residual {kkt.largest:.3g}): "
             "its constraints seem to satisfy no constraint qualification at y, and the gap decides"
         )
     named = {} if found is None else _named(flat, found[0])
-    duals = search.own.multipliers if found is None else found[0]
-    upper = _stationarity(flat, x, y, duals, tolerance)
+    if better or (kkt is not None and not kkt.largest <= IRREGULAR):
+        why = "does not solve the lower level" if better else "is no KKT point of the lower level"
+        upper = Stationarity(value=None, notes=(f"stationarity is not measured: y {why}",))
+    else:
+        duals = search.own.multipliers if found is None else found[0]
+        upper = _stationarity(flat, x, y, duals, tolerance)
     notes += upper.notes
     return Verification(
         accepted=not reasons,
+        proved=(search.own.convex and search.own.status is Status.CONVERGED) or (bool(reasons) and not open_end),
         reasons=tuple(reasons),
         notes=tuple(notes),
         tolerance=tolerance,
@@ -203,6 +215,7 @@ def _nothing(reasons: list[str], tolerance: float) -> Verification:
     """A refusal of a point at which nothing can be measured."""
     return Verification(
         accepted=False,
+        proved=True,
         reasons=tuple(reasons),
         notes=(),
         tolerance=tolerance,

@@ -21,6 +21,8 @@ from problems import penalty_cases as penalty_cases
 from problems import poisson_control as poisson_control
 from problems import quadratic as quadratic
 from problems import ridge as ridge
+from problems import sparse_group_lasso as sparse_group_lasso
+from problems import stackelberg as stackelberg
 from problems import svm as svm
 from problems.case import Case as Case
 from problems.case import OracleCounter as OracleCounter

@@ -158,7 +158,7 @@ MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"callbacks": [3]}, TypeError, r"callbacks must be functions of a StepInfo, got 3"),
     ({"rtol": -1.0}, ValueError, r"rtol must be >= 0"),
     ({"algorithm": bilevel.Penalty}, TypeError, r"not the class: Penalty\(\)"),
-    ({"algorithm": "penalty"}, TypeError, r"algorithm must be such as bilevel.ImplicitGradient\(\), got 'penalty'"),
+    ({"algorithm": "penalty"}, TypeError, r"such as bilevel.Penalty\(\), or 'auto', got 'penalty'"),
     ({"x0": None}, TypeError, r"x0 is missing"),
     ({"problem": f}, TypeError, r"problem must be a bilevel.BilevelProblem, got function"),
 ]

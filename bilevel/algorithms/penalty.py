@@ -1,138 +1,101 @@
-"""The fully first-order penalty method F2BA.
+"""Penalty methods: gradients of both objectives and no second derivatives.
 
-Source: Chen, Ma, Zhang, "Near-optimal nonconvex-strongly-convex bilevel optimization with fully first-order oracles"
-(arXiv 2306.14853); the penalty and its projections are those of Kwon, Kwon, Wright, Nowak 2023.
+Sources: Kwon, Kwon, Wright, Nowak 2023 (F2SA, F3SA) and 2024 (proximal, single loop); Chen, Ma, Zhang,
+"Near-optimal nonconvex-strongly-convex bilevel optimization with fully first-order oracles" (arXiv 2306.14853: F2BA).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from bilevel.accuracy import (
-    QUICK,
-    ImplicitMap,
-    assess_implicit,
-    distance_budget,
-    distance_to_solution,
-    lower_residual,
-    saddle_note,
-    solve_lower,
-    stationarity,
-    twice_differentiable,
-)
+from bilevel.algorithms import penalty_report
 from bilevel.algorithms.base import Algorithm, BilevelState, require_positive, require_positive_int
-from bilevel.algorithms.minibatch import MinibatchState, commit, draw, init_minibatch, normalised_step
-from bilevel.measure import measure_curvature
+from bilevel.algorithms.minibatch import commit, init_minibatch, normalised_step
+from bilevel.algorithms.penalty_bias import ExactPenalty, measure
+from bilevel.algorithms.penalty_double_loop import F2BA
+from bilevel.algorithms.penalty_scheme import Move, PenaltyState, Scheme, Sizes, measure_sizes
+from bilevel.estimators import Momentum
 from bilevel.oracle import Oracle, new_counts
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Accuracy
 from bilevel.step_sizes import PathEfficiency
-from implicit import CG, Status, tree
-from implicit.derivatives import value_and_gradient
+from implicit import Status, tree
 from implicit.iterate import Values
 from implicit.tree import Tree
 
-FLOAT32_CAP = 1e3
-"""In float32 the difference of two lower objectives drowns in rounding beyond this penalty (measured: 4.6e-4 at 1e3,
-5.4e-4 at 1e4, 5.9e-3 at 1e5)."""
-TRACK_EVERY = 5
 CONFIRM = 20
-SETTLED = 0.1
-STEEPER = 1.05
-
-
-@dataclass(kw_only=True)
-class PenaltyState(BilevelState):
-    """The state of a run.
-
-    Attributes:
-        z: tracks argmin g(x, .); ``y`` tracks argmin f(x, .) + penalty g(x, .).
-        y_before, z_before: previous inner iterates, for acceleration on full data.
-        curvature: current estimate of L_g, raised when the path shows more.
-        probe: a direction near the top eigenvector of g_yy, for that estimate.
-        surrogate: ``||x - P_X(x - G)||`` at the last step, ``first`` that of the first.
-        small: how many steps in a row it was below the tolerance.
-        gap: moving average of ``p (g(x, y) - g(x, z))``; negative only where z has lost track, and then x slows down.
-        inner: samplers, momentum and step length of x.
-    """
-
-    z: Tree
-    y_before: Tree
-    z_before: Tree
-    curvature: Tensor
-    probe: Tree
-    surrogate: Tensor
-    first: Tensor
-    small: Tensor
-    gap: Tensor
-    inner: MinibatchState
-
-
-@dataclass
-class _Pair:
-    """y and z with their predecessors."""
-
-    y: Tree
-    z: Tree
-    y_before: Tree
-    z_before: Tree
-
-    @classmethod
-    def of(cls, state: PenaltyState) -> "_Pair":
-        return cls(state.y, state.z, state.y_before, state.z_before)
-
-
-_Result = tuple[_Pair, Tensor, dict[str, Tensor], Tree]
-
-
-def _descend(problem: BilevelProblem, fn: Callable[[Tree], Tensor], point: Tree, step: Tensor) -> tuple[Tree, Tree]:
-    """One projected gradient step, and the gradient it took."""
-    _, slope = value_and_gradient(fn, point)
-    return problem.lower_set.project(tree.axpy(-step, slope, point)), slope
+FIRST = 0.35
+"""The first penalty is at most ``FIRST / sqrt(eps)``, 1e3 in float32: there the difference of two lower objectives
+begins to drown in rounding (measured in float32: 4.6e-4 at 1e3, 5.4e-4 at 1e4, 5.9e-3 at 1e5). What is measured decides
+how far it grows, at most to ``LAST / sqrt(eps)``."""
+LAST = 35.0
+WORSE = 1.2
+STAGES = 2
+"""Doublings of the penalty for extrapolation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Penalty(Algorithm[PenaltyState]):
-    """F2BA: gradient steps on the penalised problem, no second derivatives.
+    """Gradient steps on the penalised problem, no second derivatives.
 
-    With the penalty p fixed, :math:`F_p(x) = \\min_y [f + p g](x, y) - p \\min_z g(x, z)` has the gradient
-    (Danskin)
+    With the penalty p, :math:`F_p(x) = \\min_y [f + p g](x, y) - p \\min_z g(x, z)` has the gradient (Danskin)
 
     .. math:: G = \\nabla_x f(x, y) + p\\,[\\nabla_x g(x, y) - \\nabla_x g(x, z)],
 
-    and differs from F by O(1/p). Each step takes T projected gradient steps on z (step ``1/L_g``) and on y (step
-    ``1/(p L_g + L_f)``), warm-started, and one normalised momentum step of x along G, at a length that the path itself
-    adapts. y and z, and both terms of the difference, always see the same lower minibatch: independent ones would
-    multiply their noise by p. On full data the inner steps are accelerated. Guarantee: BIAS.
+    and differs from F by O(1/p). y and z follow x by projected gradient steps, as ``scheme`` says; x takes normalised
+    momentum steps along G at a length that the path itself adapts, projected on X. Where the lower level has several
+    solutions, y is the one that f prefers. Guarantee: BIAS.
+
+    **The bias is measured.** On full data, once x has settled, G is compared at p and 2p, and with the hypergradient by
+    implicit differentiation, both inner problems solved to rounding; p grows until the larger difference is at most
+    ``bias_rtol`` times the sizes of the two parts of the hypergradient, or until growing no longer lowers
+    it, which is where rounding takes over (between 1e3 and 1e4 in float32). ``accuracy.bias`` reports it.
 
     Args:
-        penalty: p; None means ``100 max(1, L_f / mu)``, at most 1e3 in float32.
-        lower_steps: T; None means 10 on full data, 5 on minibatches.
+        scheme: ``F2BA()`` (the default: fixed penalty, accelerated on full data), ``F2SA()``, ``F3SA()`` (penalties on
+            a schedule), ``Proximal()``, ``SingleLoop()`` (proximal centres).
+        penalty: p at the start; None means ``100 max(1, L_f / mu)`` (schedules: ``max(1, 2 L_f / mu)``).
+        bias_rtol: when p has grown enough; None means 1e-2 where ``penalty`` is None, and that a given penalty stays.
+        extrapolate: on full data, solve at 2p and 4p too and return ``(x_p - 6 x_2p + 8 x_4p) / 3``, whose error is
+            O(1/p^3) where the active sets do not change.
+        lower_steps: T; None means 10 on full data, 5 on minibatches, 1 for single loops.
         lower_chunks: on full data the T steps are repeated, at most so many times, until G changes by under a tenth.
         lower_curvature: L_g; None measures it. It is raised when the path shows more.
         lower_condition: ``L_g / mu``, which sets the acceleration on full data; None measures it, 1 turns it off.
         upper_curvature: L_f; None measures it.
         lower_decay: on minibatches the inner steps shrink by ``(1 + t / lower_decay)^(-1/2)``; None keeps them.
-        step_size: rule for the length of the steps of x.
-        momentum: of the direction of x.
+        step_size: rule for the length of the steps of x, or a number eta for plain steps ``x - eta G``, about 1 / L_F.
+        momentum: of the direction of normalised steps.
+        common_batches: y and z, and both terms of the difference in G, see the same lower minibatch. Independent ones
+            (the theory's) multiply their noise by p.
         rtol: relative tolerance on ``||x - P_X(x - G)||``; None means 1e-5 (float32: 1e-3).
         atol: absolute tolerance on it.
         check_every: steps between looks; None means 20 on full data, 50 on minibatches.
+
+    Example:
+        >>> import torch, bilevel
+        >>> problem = bilevel.BilevelProblem(lambda x, y: (y - 1) ** 2 + x**2 / 4, lambda x, y: (y - x) ** 2)
+        >>> zero = torch.zeros((), dtype=torch.float64)
+        >>> found = bilevel.solve(problem, bilevel.Penalty(extrapolate=True), zero, zero)
+        >>> round(float(found.x), 4), found.status.name
+        (0.8, 'CONVERGED')
     """
 
+    scheme: Scheme = field(default_factory=F2BA)
     penalty: float | None = None
+    bias_rtol: float | None = None
+    extrapolate: bool = False
     lower_steps: int | None = None
     lower_chunks: int = 50
     lower_curvature: float | None = None
     lower_condition: float | None = None
     upper_curvature: float | None = None
     lower_decay: float | None = 20.0
-    step_size: PathEfficiency = field(default_factory=PathEfficiency)
+    step_size: PathEfficiency | float = field(default_factory=PathEfficiency)
     momentum: float = 0.9
+    common_batches: bool = True
 
     guarantee: ClassVar[str] = "BIAS"
     handles: ClassVar[frozenset[str]] = frozenset({"upper_set", "lower_set"})
@@ -141,32 +104,60 @@ class Penalty(Algorithm[PenaltyState]):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_int(self, "lower_steps", "lower_chunks")
-        require_positive(self, "penalty", "lower_curvature", "upper_curvature", "lower_decay")
+        require_positive(self, "penalty", "bias_rtol", "lower_curvature", "upper_curvature", "lower_decay")
         if self.lower_condition is not None and not self.lower_condition >= 1:
             raise ValueError(f"lower_condition must be at least 1, got {self.lower_condition}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+        if not isinstance(self.scheme, Scheme):
+            raise TypeError(f"scheme must be an object such as bilevel.F2BA(), got {self.scheme!r}")
+        if not isinstance(self.step_size, PathEfficiency):
+            require_positive(self, "step_size")
+        if self.extrapolate and self.scheme.scheduled:
+            raise ValueError(f"extrapolate compares fixed penalties, and {type(self.scheme).__name__} has a schedule")
+        if (reason := self.scheme.refuses(self)) is not None:
+            raise ValueError(reason)
 
     def resolve(self, problem: BilevelProblem, *start: Any, max_steps: int | None = None) -> "Penalty":
         """Measure curvatures by gradient differences and size the penalty."""
         x, y = problem.upper_set.project(start[0]), problem.lower_set.project(start[1])
         half = torch.finfo(tree.common_dtype(y, "y0")).eps > 1e-10
-        found = measure_curvature(problem, x, y, first_order=True)
-        largest = self.lower_curvature or found.largest
-        condition = self.lower_condition or max(1.0, found.largest / found.smallest)
-        upper = self.upper_curvature if self.upper_curvature is not None else found.upper
-        penalty = self.penalty or 100.0 * max(1.0, upper * condition / largest)
-        return replace(
+        sizes = self._sizes(problem, x, y)
+        chosen = min(self.scheme.default_penalty(sizes), FIRST * _resolution(y))
+        steps = self.lower_steps or self.scheme.default_steps(problem)
+        stays = self.penalty is not None and not self.scheme.scheduled
+        known = replace(
             self,
-            penalty=min(penalty, FLOAT32_CAP) if half and self.penalty is None else penalty,
-            lower_steps=self.lower_steps or (5 if problem.stochastic else 10),
-            lower_curvature=largest,
-            lower_condition=1.0 if problem.stochastic else condition,
-            upper_curvature=max(upper, 1e-12 * largest),
-            step_size=self.step_size.resolve(x, problem.stochastic),
+            penalty=self.penalty or chosen,
+            bias_rtol=self.bias_rtol or (math.inf if stays else 1e-2),
+            lower_steps=steps,
+            lower_curvature=sizes.largest,
+            lower_condition=1.0 if problem.stochastic else self.lower_condition or sizes.largest / sizes.modulus,
+            upper_curvature=max(sizes.upper, 1e-12 * sizes.largest),
+            step_size=self._rule().resolve(x, problem.stochastic)
+            if isinstance(self.step_size, PathEfficiency)
+            else self.step_size,
             rtol=(1e-3 if half else 1e-5) if self.rtol is None else self.rtol,
             check_every=self.check_every or (50 if problem.stochastic else 20),
         )
+        return replace(known, scheme=self.scheme.resolve(known, problem, sizes))
+
+    def _sizes(self, problem: BilevelProblem, x: Tree, y: Tree) -> Sizes:
+        """Measured, or as given."""
+        given, condition, upper = self.lower_curvature, self.lower_condition, self.upper_curvature
+        if given is not None and condition is not None and upper is not None:
+            return Sizes(given, given / condition, upper)
+        found = measure_sizes(problem, x, y)
+        largest = given or found.largest
+        smallest = found.smallest if condition is None else largest / condition
+        return Sizes(largest, smallest, found.upper if upper is None else upper)
+
+    def _rule(self) -> PathEfficiency:
+        return self.step_size if isinstance(self.step_size, PathEfficiency) else PathEfficiency()
+
+    def shrink(self, step: int) -> float:
+        """Factor on the inner steps on minibatches."""
+        return (1.0 + step / self.lower_decay) ** -0.5 if self.lower_decay is not None else 1.0
 
     def init(self, problem: BilevelProblem, *start: Any, generator: torch.Generator | None = None) -> PenaltyState:
         """Projected copies of the start; y and z begin together."""
@@ -180,250 +171,124 @@ class Penalty(Algorithm[PenaltyState]):
             generator=base.generator,
             counts=base.counts,
             z=tree.clone(y),
-            y_before=tree.clone(y),
-            z_before=tree.clone(y),
+            extra=self.scheme.init(self, problem, x, y),
+            penalty=zero + (self.penalty or 0.0),
             curvature=zero + (self.lower_curvature or 0.0),
-            probe=tree.randn_like(y, torch.Generator().manual_seed(0)),
             surrogate=zero + math.inf,
             first=zero.clone(),
             small=zero.clone(),
             gap=zero.clone(),
-            inner=init_minibatch(problem, base, self.step_size),
+            bias=zero + math.inf,
+            measured=zero.clone(),
+            stages=[tree.clone((x, y)) for _ in range(STAGES)] if self.extrapolate else [],
+            inner=init_minibatch(problem, base, self._rule()),
         )
 
     def step(self, problem: BilevelProblem, state: PenaltyState) -> Values:
-        """T inner steps on z and y, one step of x."""
+        """Inner steps on z and y, one step of x."""
         assert self.rtol is not None
-        inner = state.inner
-        if problem.stochastic:
-            pair, curvature, values, gradient = self._minibatch_steps(problem, state)
-        else:
-            pair, curvature, values, gradient = self._full_steps(problem, state)
-        gap = 0.9 * state.gap + 0.1 * values["penalty_gap"]
-        lost = ~(gap >= 0)
-        warm = tree.axpy(self.momentum, inner.momentum, tree.scale(1.0 - self.momentum, gradient))
-        x_next = normalised_step(problem, state.x, warm, inner.path.length)
-        residual = tree.norm(tree.sub(state.x, problem.upper_set.project(tree.sub(state.x, gradient))))
-        updates = {"x": x_next, "y": pair.y, "z": pair.z, "y_before": pair.y_before, "z_before": pair.z_before}
-        flag = commit(state, inner, self.step_size, updates, lost)
+        full = not problem.stochastic
+        move = self.scheme.step(self, problem, state)
+        gap = state.gap if move.gap is None else 0.9 * state.gap + 0.1 * move.gap
+        warm, x_next, rule = self._step_of_x(problem, state, move)
+        residual = tree.norm(tree.sub(state.x, problem.upper_set.project(tree.sub(state.x, move.gradient))))
+        updates = {"x": x_next, "y": move.y, "z": move.z, "extra": move.extra}
+        # An average that was very negative once takes long to forget it: z has to be lost now, too.
+        lost = ~(gap >= 0) if move.gap is None else ~(gap >= 0) & ~(move.gap >= 0)
+        flag = commit(state, state.inner, rule, updates, lost)
         # A refused step must leave no trace: a momentum of 1e150 would last forever.
-        inner.momentum = tree.where(flag, warm, tree.zeros_like(warm))
+        state.inner.momentum = tree.where(flag, warm, tree.zeros_like(warm))
         state.gap = torch.where(flag, gap, 0.0)
-        state.curvature = torch.where(torch.isfinite(curvature), curvature, state.curvature)
-        state.surrogate = torch.where(flag, residual, math.inf)
+        state.penalty = torch.where(flag, move.penalty, state.penalty)
+        state.curvature = torch.where(torch.isfinite(move.curvature), move.curvature, state.curvature)
+        state.surrogate = torch.where(flag, residual if move.drift is None else residual + move.drift, math.inf)
         if state.step == 0:
             state.first = residual
         reached = state.surrogate <= torch.clamp(self.rtol * state.first, min=self.atol)
         state.small = torch.where(reached, state.small + 1, 0.0)
-        return {**values, "stationarity": state.surrogate, "step_length": inner.path.length}
+        if full and not state.done and float(state.small) >= CONFIRM:
+            self._settled(problem, state)
+        shown = {"stationarity": state.surrogate, "step_length": state.inner.path.length, "penalty": state.penalty}
+        return {**move.values, **shown}
 
-    def _sizes(self, curvature: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-        """Step lengths of z and y."""
-        assert self.penalty is not None and self.upper_curvature is not None
-        return shrink / curvature, shrink / (self.penalty * curvature + self.upper_curvature)
+    def _step_of_x(
+        self, problem: BilevelProblem, state: PenaltyState, move: Move
+    ) -> tuple[Tree, Tree, PathEfficiency | None]:
+        """The next direction, the next x, and the rule that learns from the step."""
+        length = move.length if move.length is not None else self.step_size
+        if not isinstance(length, PathEfficiency):
+            plain = problem.upper_set.project(tree.axpy(-length, move.gradient, state.x))
+            return state.inner.momentum, plain, None
+        warm = Momentum(decay=self.momentum).update(state.inner.momentum, move.gradient)
+        return warm, normalised_step(problem, state.x, warm, state.inner.path.length), length
 
-    def _penalised(self, oracle: Oracle, x: Tree) -> Callable[[Tree], Tensor]:
-        assert self.penalty is not None
-        p = self.penalty
-        return lambda q: oracle.upper(x, q) + p * oracle.lower(x, q)
+    def _settled(self, problem: BilevelProblem, state: PenaltyState) -> None:
+        """x has come to rest at this penalty: raise it for the bias, then for the extrapolation, or be done."""
+        state.small = torch.zeros_like(state.small)
+        if state.growing and math.isfinite(self.bias_rtol or math.inf) and self._grow(problem, state):
+            return
+        state.growing = False
+        if self.extrapolate and state.stage < STAGES:
+            tree.copy_(state.stages[state.stage], (state.x, state.y))
+            state.stage += 1
+            _raise(state, 2.0)
+            return
+        state.done = True
 
-    def _minibatch_steps(self, problem: BilevelProblem, state: PenaltyState) -> "_Result":
-        """T plain steps, each on a fresh batch that y and z share; no host synchronisation."""
-        assert self.lower_steps is not None
-        x, pair = state.x, _Pair.of(state)
-        oracle = draw(problem, state, state.inner)
-        curvature = self._track(state, oracle)
-        shrink = (1.0 + state.step / self.lower_decay) ** -0.5 if self.lower_decay is not None else 1.0
-        step_z, step_y = self._sizes(curvature, shrink)
-        for k in range(self.lower_steps):
-            oracle = draw(problem, state, state.inner) if k else oracle
-            z, _ = _descend(problem, lambda q, o=oracle: o.lower(x, q), pair.z, step_z)
-            y, _ = _descend(problem, self._penalised(oracle, x), pair.y, step_y)
-            pair = _Pair(y, z, pair.y, pair.z)
-        values, gradient = self._hypergradient(oracle, x, pair.y, pair.z)
-        return pair, curvature, values, gradient
+    def _grow(self, problem: BilevelProblem, state: PenaltyState) -> bool:
+        """Measure the bias; whether the run goes on with another penalty, or with the schedule."""
+        assert self.bias_rtol is not None
+        p = float(state.penalty)
+        if self.scheme.scheduled and p < 1.5 * float(state.measured):
+            return True
+        found = measure(self._exact(problem, state, Oracle.full(problem, state.counts)), state.x)
+        before, last, target = float(state.bias), state.measured, self.bias_rtol * found.scale
+        state.bias, state.measured = torch.full_like(state.bias, found.bias), state.penalty.clone()
+        enough = found.bias <= max(target, self.atol)
+        if self.scheme.scheduled:
+            return not enough
+        factor = min(max(1.5 * found.bias / max(target, 1e-300), 2.0), 10.0, LAST * _resolution(state.y) / p)
+        if found.bias > WORSE * before:
+            state.penalty, state.growing = last, False
+            return True
+        if enough or found.bias > 0.7 * before or factor <= 1.0:
+            return False
+        _raise(state, factor)
+        return True
 
-    def _full_steps(self, problem: BilevelProblem, state: PenaltyState) -> "_Result":
-        """T accelerated steps, again and again until G settles: lower errors enter G times the penalty."""
-        assert self.lower_steps is not None
-        x, pair, curvature = state.x, _Pair.of(state), state.curvature
-        oracle = draw(problem, state, state.inner)
-        values, gradient = self._hypergradient(oracle, x, pair.y, pair.z)
-        for _ in range(self.lower_chunks):
-            before = gradient
-            moved, seen = self._chunk(problem, oracle, x, pair, curvature)
-            if bool(seen > STEEPER * curvature):
-                # The lower level has become steeper than the steps assume (penalties such as exp(x) grow): take back.
-                curvature = 1.2 * seen
-                pair = _Pair(pair.y, pair.z, pair.y, pair.z)
-                continue
-            pair = moved
-            values, gradient = self._hypergradient(oracle, x, pair.y, pair.z)
-            if not bool(tree.norm(tree.sub(gradient, before)) > SETTLED * tree.norm(gradient)):
-                break
-        return pair, curvature, values, gradient
-
-    def _chunk(
-        self, problem: BilevelProblem, oracle: Oracle, x: Tree, pair: "_Pair", curvature: Tensor
-    ) -> tuple["_Pair", Tensor]:
-        """T accelerated steps, and the largest curvature of g that consecutive gradients showed."""
-        assert self.lower_steps is not None
-        root = math.sqrt(self.lower_condition or 1.0)
-        beta = (root - 1.0) / (root + 1.0)
-        step_z, step_y = self._sizes(curvature, 1.0)
-        penalised = self._penalised(oracle, x)
-        seen = torch.zeros_like(curvature)
-        last: tuple[Tree, Tree] | None = None
-        for _ in range(self.lower_steps):
-            ahead_z = tree.axpy(beta, tree.sub(pair.z, pair.z_before), pair.z) if beta > 0 else pair.z
-            ahead_y = tree.axpy(beta, tree.sub(pair.y, pair.y_before), pair.y) if beta > 0 else pair.y
-            z, slope = _descend(problem, lambda q: oracle.lower(x, q), ahead_z, step_z)
-            y, _ = _descend(problem, penalised, ahead_y, step_y)
-            if last is not None:
-                distance = tree.norm(tree.sub(ahead_z, last[0]))
-                far = distance > 1e-6 * (1.0 + tree.norm(ahead_z))  # closer, rounding would pose as curvature
-                ratio = tree.norm(tree.sub(slope, last[1])) / torch.where(far, distance, 1.0)
-                seen = torch.where(far, torch.maximum(seen, ratio), seen)
-            last = ahead_z, slope
-            pair = _Pair(y, z, pair.y, pair.z)
-        return pair, torch.where(torch.isfinite(seen), seen, 10.0 * curvature)
-
-    def _hypergradient(self, oracle: Oracle, x: Tree, y: Tree, z: Tree) -> tuple[dict[str, Tensor], Tree]:
-        """G and the values it is made of, from one backward pass."""
-        assert self.penalty is not None
-        p = self.penalty
-        parts: dict[str, Tensor] = {}
-
-        def joint(q: Tree) -> Tensor:
-            parts["upper_value"] = oracle.upper(q, y)
-            gap = oracle.lower(q, y) - oracle.lower(q, z)
-            parts["penalty_gap"] = p * gap
-            return parts["upper_value"] + p * gap
-
-        _, gradient = value_and_gradient(joint, x)
-        return {k: v.detach() for k, v in parts.items()}, gradient
-
-    @staticmethod
-    def _track(state: PenaltyState, oracle: Oracle) -> Tensor:
-        """Raise L_g where minibatches have become steeper: now and then a power step on gradient differences."""
-        if state.step % TRACK_EVERY or state.step == 0:  # measured just now
-            return state.curvature
-        size = tree.norm(state.probe)
-        width = float(torch.finfo(tree.common_dtype(state.z)).eps) ** 0.5 * (1.0 + tree.norm(state.z))
-        ahead = tree.axpy(width / torch.where(size > 0, size, 1.0), state.probe, state.z)
-        _, here = value_and_gradient(lambda q: oracle.lower(state.x, q), state.z)
-        _, there = value_and_gradient(lambda q: oracle.lower(state.x, q), ahead)
-        change = tree.scale(1.0 / width, tree.sub(there, here))
-        seen = tree.norm(change)
-        usable = torch.isfinite(seen) & (seen > 0)
-        state.probe = tree.where(usable, change, state.probe)
-        return torch.where(usable, torch.maximum(state.curvature, seen), state.curvature)
+    def _exact(self, problem: BilevelProblem, state: PenaltyState, oracle: Oracle) -> ExactPenalty:
+        central = isinstance(self.scheme, F2BA) and self.scheme.central
+        p = float(state.penalty)
+        return ExactPenalty(problem, oracle, p, state.x, state.y, state.z, central=central)
 
     def terminate(self, problem: BilevelProblem, state: PenaltyState) -> Status:
-        """On full data: the surrogate ``||x - P_X(x - G)||`` small for twenty steps; the report checks it again."""
+        """On full data: the surrogate ``||x - P_X(x - G)||`` small for twenty steps at the last penalty; the report
+        checks it again."""
         if not bool(state.finite):
             return Status.NONFINITE
-        if not problem.stochastic and float(state.small) >= CONFIRM:
-            return Status.CONVERGED
-        return Status.RUNNING
+        return Status.CONVERGED if state.done else Status.RUNNING
 
     def assess(self, problem: BilevelProblem, state: PenaltyState, status: Status) -> tuple[Accuracy, Status, str]:
-        """Bias from a second penalty; stationarity by the implicit hypergradient, or where Y is a set by extrapolation.
+        """Bias from a second penalty and from an independent hypergradient.
 
         On full data y is polished to the lower solution next to it. CONVERGED is confirmed only if G with both inner
-        problems solved to rounding is still small, and the two independent hypergradients agree up to the bias.
+        problems solved to rounding is still small, the two hypergradients agree up to the bias, and
+        :func:`bilevel.verify` accepts the point where it is small enough to be asked.
         """
         if status.is_failure:
             return Accuracy(notes=("not measured after a numerical failure",)), status, status.value
-        assert self.penalty is not None and self.rtol is not None
         if problem.stochastic:
-            found, _ = assess_implicit(problem, Oracle.full(problem, new_counts()), state.x, state.y, QUICK, None)
-            return found, status, status.value
-        oracle = Oracle.full(problem, new_counts())
-        whole = problem.lower_set.is_whole_space
-        second_order = whole and twice_differentiable(oracle, state.x, state.z)
-        _, slope = value_and_gradient(lambda q: oracle.upper(state.x, q), state.y)
-        reference = float(tree.norm(slope)) / self.penalty  # what grad_y g is worth at y
-        exact = _ExactPenalty(problem, oracle, self.penalty, state.y, state.z, reference, first_order=not second_order)
-        once, twice = exact(state.x, 1.0), exact(state.x, 2.0)
-        bias = 2.0 * float(tree.norm(tree.sub(twice, once)))
-        if second_order:
-            accuracy, found = assess_implicit(problem, oracle, state.x, exact.z, CG(rtol=1e-10), None)
-            h, hyper = found.value, ImplicitMap(problem, oracle, exact.z, found.adjoint, CG(rtol=1e-10), reference)
-        else:
-            h, hyper = exact.extrapolated(state.x), exact.extrapolated
-            note = "stationarity by extrapolation in the penalty: the lower objective refuses second derivatives"
-            accuracy = Accuracy(
-                lower_residual=lower_residual(problem, oracle, state.x, exact.z),
-                stationarity=stationarity(problem, state.x, h),
-                hypergradient_error=bias / self.penalty,
-                hypergradient_error_kind="estimate",
-                notes=(note,) if whole else (),
-            )
-        disagreement = float(tree.norm(tree.sub(h, once)))
-        accuracy = replace(accuracy, bias=max(bias, disagreement))
-        tree.copy_(state.y, exact.polished(state.x, state.y))
-        distance, note = distance_to_solution(problem, hyper, state.x, h, distance_budget(state.x, state.step // 10))
-        accuracy = replace(accuracy, distance=distance, notes=accuracy.notes + ((note,) if note else ()))
-        if status is not Status.CONVERGED:
-            return accuracy, status, status.value
-        if (saddle := saddle_note(accuracy)) is not None:
-            return accuracy, Status.STALLED, f"{saddle}; start y elsewhere"
-        limit = max(self.atol, self.rtol * float(state.first))
-        surrogate = stationarity(problem, state.x, once)
-        if surrogate > 10.0 * limit + 0.5 * bias:
-            message = f"with both inner problems solved the surrogate gradient is {surrogate:.3g}; raise lower_steps"
-            return accuracy, Status.STALLED, message
-        if disagreement > 2.0 * bias + 10.0 * limit:
-            message = (
-                f"the implicit hypergradient differs from the surrogate by {disagreement:.3g}, more than the bias "
-                f"{bias:.3g} explains: the penalty is too small, the lower level has several solutions, or rounding "
-                "drowns the difference of lower values: scale the objectives to similar sizes"
-            )
-            return accuracy, Status.STALLED, message
-        return (
-            accuracy,
-            status,
-            (
-                f"surrogate stationarity {surrogate:.3g}, tolerance {limit:.3g} at penalty {self.penalty:.3g}; "
-                f"hypergradient bias {accuracy.bias:.3g}"
-            ),
-        )
+            return penalty_report.on_minibatches(self, problem, state, status)
+        exact = self._exact(problem, state, Oracle.full(problem, new_counts()))
+        return penalty_report.on_full_data(self, problem, state, status, exact)
 
 
-class _ExactPenalty:
-    """x -> G at a multiple of the penalty with both inner problems solved near rounding, warm-started."""
+def _raise(state: PenaltyState, factor: float) -> None:
+    """Go on at a larger penalty."""
+    state.penalty = state.penalty * factor
+    state.gap = torch.zeros_like(state.gap)
 
-    def __init__(
-        self,
-        problem: BilevelProblem,
-        oracle: Oracle,
-        penalty: float,
-        y: Tree,
-        z: Tree,
-        reference: float,
-        *,
-        first_order: bool,
-    ) -> None:
-        self.problem, self.oracle, self.penalty = problem, oracle, penalty
-        self.y = {1.0: y, 2.0: y}
-        self.z, self.reference, self.first_order = z, reference, first_order
 
-    def _solve(self, fn: Callable[[Tree], Tensor], y: Tree) -> Tree:
-        return solve_lower(fn, y, self.problem, self.reference, first_order=self.first_order)
-
-    def __call__(self, x: Tree, factor: float) -> Tree:
-        p, oracle = factor * self.penalty, self.oracle
-        self.z = self._solve(lambda q: oracle.lower(x, q), self.z)
-        # Scaled by 1/p, so that tolerances mean the same at every penalty.
-        y = self.y[factor] = self._solve(lambda q: oracle.upper(x, q) / p + oracle.lower(x, q), self.y[factor])
-        return Penalty(penalty=p)._hypergradient(oracle, x, y, self.z)[1]
-
-    def polished(self, x: Tree, y: Tree) -> Tree:
-        """The lower solution nearest to y downhill: y itself minimizes f + p g and is off by O(1/p). Starting at y and
-        not at z keeps the choice that f made where there are several lower solutions."""
-        return self._solve(lambda q: self.oracle.lower(x, q), y)
-
-    def extrapolated(self, x: Tree) -> Tree:
-        """``2 G_2p - G_p``: the O(1/p) term cancels."""
-        return tree.sub(tree.scale(2.0, self(x, 2.0)), self(x, 1.0))
+def _resolution(y: Tree) -> float:
+    """``1 / sqrt(eps)``."""
+    return float(torch.finfo(tree.common_dtype(y)).eps) ** -0.5

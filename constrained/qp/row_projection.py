@@ -20,6 +20,9 @@ from constrained.qp.row_interior import RowProgram, Sets, interior_sets
 from constrained.qp.row_structure import RowStructure
 from constrained.qp.row_system import RowSystem
 
+HUGE = 1e5
+"""Multipliers this large, relative to the point, come from guesses that are wrong."""
+
 
 @dataclass(frozen=True, eq=False)
 class Projected:
@@ -75,21 +78,23 @@ class RowProjection:
         The result is as good as rounding allows unless the set is empty or badly conditioned: the caller has to look
         at its error. Reads a few numbers per step on the host.
         """
-        inner = point[self.program.rows.order]
-        found = self._correct(inner, multiplier)
-        if not found.error <= accuracy(point.dtype) ** 0.7:
+        inner, size = point[self.program.rows.order], point.abs().amax()
+        scale = 1 / (1 + size) + 0 * size  # NaN where the point is not finite
+        found = self._correct(inner, scale, multiplier)
+        if len(inner) and not found.error <= accuracy(point.dtype) ** 0.7:
             duals, sets, steps = interior_sets(self.program, inner)
-            again = self._correct(inner, duals, sets)
+            again = self._correct(inner, scale, duals * sets.working, sets)
             best = again if again.error < found.error else found
             found = Projected(best.z, best.multiplier, best.error, found.steps + steps + again.steps)
         z = torch.clamp(point, self.lower, self.upper)
         z[self.program.rows.order] = found.z
         return Projected(z, found.multiplier, found.error, found.steps)
 
-    def _correct(self, point: Tensor, multiplier: Tensor, sets: Sets | None = None, max_steps: int = 12) -> Projected:
+    def _correct(
+        self, point: Tensor, scale: Tensor, multiplier: Tensor, sets: Sets | None = None, max_steps: int = 12
+    ) -> Projected:
         """Semismooth Newton steps; the best candidate met, in the variables that rows restrict."""
-        rows, goal, steps = self.program.rows, accuracy(point.dtype), 0
-        scale = 1 / (1 + point.abs().amax())
+        rows, goal, steps = self.program.rows, 64 * torch.finfo(point.dtype).eps, 0
         target, z, gap = self._evaluate(point, multiplier)
         best = Projected(z, multiplier, self._error(gap, multiplier, scale))
         while best.error > goal and steps < max_steps:
@@ -103,9 +108,13 @@ class RowProjection:
             multiplier = multiplier + self._system(sets).solve(gap)
             target, z, gap = self._evaluate(point, multiplier)
             error, sets = self._error(gap, multiplier, scale), None
-            if error < best.error:
-                best = Projected(z, multiplier, error)
             steps += 1
+            if not float(torch.linalg.vector_norm(multiplier, torch.inf) * scale) < HUGE:
+                break  # dependent rows that contradict each other
+            settled = best.error <= accuracy(point.dtype) and not error < 0.5 * best.error
+            best = Projected(z, multiplier, error) if error < best.error else best
+            if settled:
+                break
         signed = torch.where(self.program.equation, best.multiplier, best.multiplier.clamp(min=0))
         return Projected(best.z, signed, best.error, steps)
 

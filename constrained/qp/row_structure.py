@@ -1,5 +1,6 @@
 """Rows of a linear system by the structure of their columns: those with one entry, and those that rows share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +24,7 @@ class RowStructure:
     offsets: Tensor | None  # (rows + 1,): where the own entries of a row begin and end; None where each has one
 
     @classmethod
-    def of(cls, index: Tensor, values: Tensor, shape: tuple[int, int]) -> "RowStructure":
+    def of(cls, index: Tensor, values: Tensor, shape: Sequence[int]) -> "RowStructure":
         """From the nonzero entries: their rows and columns, ``(2, entries)``, and values, in any order.
 
         Own columns are kept apart only where that pays: where fewer columns are shared than rows have own ones.

@@ -20,17 +20,11 @@ def from_cvxpy(compiled: Any, parameters: Sequence[Any], outputs: list[int]) -> 
         parameters: the cvxpy parameters in the order in which theta holds them, each by columns.
         outputs: the entries of the compiled variable that are returned.
     """
-    starts = np.cumsum([0, *[p.size for p in parameters]])
-    columns = {p.id: int(start) for p, start in zip(parameters, starts, strict=False)}
+    starts = _starts(parameters)
     limits = [found for p, start in zip(parameters, starts, strict=False) if (found := _limits(p, int(start)))]
     n = compiled.x.size
-    place = np.full(compiled.A.shape[1], -1)  # -1: the column of the constants
-    for identifier, start in compiled.param_id_to_col.items():
-        if identifier in columns:
-            size = compiled.param_id_to_size[identifier]
-            place[start : start + size] = columns[identifier] + np.arange(size)
-    objective = compiled.q if hasattr(compiled, "q") else compiled.c  # c before cvxpy 1.8
-    linear = objective.tocoo()
+    place = _places(compiled, parameters)
+    linear = _objective(compiled)
     keep = linear.row < n  # the last row is the constant of the objective
     q = _affine(linear.row[keep], linear.col[keep], linear.data[keep], n, place)
     tensor = compiled.A.tocoo()
@@ -41,6 +35,34 @@ def from_cvxpy(compiled: Any, parameters: Sequence[Any], outputs: list[int]) -> 
     b = _affine(row[~inner], tensor.col[~inner], tensor.data[~inner], m, place)
     P, P_pattern = _quadratic(compiled.P, n, place)
     return Program((P, q, A, b), P_pattern, A_pattern, _families(compiled.cone_dims), int(starts[-1]), limits, outputs)
+
+
+def objective_constant(compiled: Any, parameters: Sequence[Any]) -> AffineMap:
+    """The term of the compiled objective that no variable enters, which a :class:`Program` leaves out."""
+    linear = _objective(compiled)
+    last = linear.row == compiled.x.size
+    return _affine(
+        np.zeros(int(last.sum()), dtype=np.int64), linear.col[last], linear.data[last], 1, _places(compiled, parameters)
+    )
+
+
+def _objective(compiled: Any) -> Any:
+    return (compiled.q if hasattr(compiled, "q") else compiled.c).tocoo()  # c before cvxpy 1.8
+
+
+def _starts(parameters: Sequence[Any]) -> np.ndarray:
+    return np.cumsum([0, *[p.size for p in parameters]])
+
+
+def _places(compiled: Any, parameters: Sequence[Any]) -> np.ndarray:
+    """The entry of theta for each column of cvxpy's tensors; -1 for the column of the constants."""
+    columns = {p.id: int(start) for p, start in zip(parameters, _starts(parameters), strict=False)}
+    place = np.full(compiled.A.shape[1], -1)
+    for identifier, start in compiled.param_id_to_col.items():
+        if identifier in columns:
+            size = compiled.param_id_to_size[identifier]
+            place[start : start + size] = columns[identifier] + np.arange(size)
+    return place
 
 
 def _limits(parameter: Any, start: int) -> Limits | None:

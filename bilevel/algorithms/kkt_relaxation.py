@@ -1,0 +1,492 @@
+"""The lower level replaced by its relaxed KKT system, solved as a nonlinear program over shrinking relaxations.
+
+Sources: Scholtes, "Convergence properties of a regularization scheme for mathematical programs with complementarity
+constraints", SIAM Journal on Optimization 11 (2001); for the cuts Mitsos, Lemonidis and Barton, "Global solution of
+bilevel programs with a nonconvex inner program", Journal of Global Optimization 42 (2008).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.algorithms.base import Algorithm
+from bilevel.algorithms.kkt_checks import looks_convex, lower_scale, moves_with_x, require_third_derivatives
+from bilevel.algorithms.kkt_relaxation_state import (
+    BEGIN,
+    CUTS,
+    FAILED,
+    INFEASIBLE,
+    OUTCOMES,
+    PIECE,
+    REJECTED,
+    RELAX,
+    SAME_PATH,
+    VERIFIED,
+    WORSE,
+    KKTRelaxationState,
+)
+from bilevel.algorithms.relaxed_kkt import Outcome, RelaxedKKT, solve_program
+from bilevel.algorithms.start_points import start_box
+from bilevel.flat import FlatProblem
+from bilevel.lower_level import solve_lower_level
+from bilevel.problem import BilevelProblem
+from bilevel.solution import Accuracy, Start
+from bilevel.verify import verify
+from constrained.multipliers import FlatMultipliers
+from implicit import Status, tree
+from implicit.iterate import Values
+from implicit.tree import Tree
+
+LIMIT = 500
+"""Unknowns of the nonlinear program; its matrices of third derivatives are dense."""
+TOLERANCE = 1e-6
+"""At which points are verified."""
+CUT_SLACK = 0.1 * TOLERANCE
+"""By how much cuts may be violated: at the better point itself they would leave no interior."""
+ROUNDS = 5
+"""Times that one start may go on with a cut more."""
+CONVEX_RESTARTS, RESTARTS = 5, 9
+POLISH = 1e-5
+"""The largest relaxation from which the active set is read off."""
+SHARPER = 1e-2
+"""The last program is solved to this fraction of the tolerance, if it can be: where a constraint holds without force,
+the error of a point is the square root of the residual."""
+FLIPS = 5
+INNER_STEPS, INNER_STEPS_OF_RESTARTS = 300, 150
+LOWER_STEPS = 200
+LARGEST = 1e6
+"""Starting multipliers beyond this are cut off."""
+SAME = 1e-5
+"""Starts whose points at the same relaxation are so close end at the same point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KKTRelaxation(Algorithm[KKTRelaxationState]):
+    """Solve the lower optimality conditions and the upper level as one nonlinear program, for small declared problems.
+
+    The lower level is replaced by its KKT system. For each inequality and bound, multiplier and slack are at least zero
+    and their product is at most t (Scholtes 2001); :class:`constrained.InteriorPoint` solves the program for a
+    decreasing sequence of t, each from the end of the one before. From ``t <= 1e-5`` on, what is active is read off,
+    and a last program with exact complementarity, one side of each pair fixed at zero, gives the final point. Where
+    both sides of a pair are zero and its multiplier promises descent, the pair is turned over, and it is solved again.
+
+    One step of the run is one such program. The given start comes first, with the multipliers of the lower level
+    solved at x0, then random ones, uniform in the box that bounds and affine constraints leave, or around the given
+    start. Ends that are better than the best so far are checked by :func:`bilevel.verify`; the best accepted one is the
+    solution, and :attr:`Solution.starts` reports all. A start is given up as soon as it has met the path of another or
+    its relaxed value is no better than the best.
+
+    KKT points of a nonconvex lower level need not be lower minima. Where verification finds a better y', the program is
+    solved again with ``g(x, y) <= g(x, y')``. That cut is kept for all starts if the lower feasible set does not depend
+    on x (it is valid then), and for the one start otherwise; ``(x, y')`` becomes one more start.
+
+    CONVERGED says: all starts are done, the best point is accepted by :func:`bilevel.verify` at 1e-6, and the KKT
+    residual of its program is within the tolerance. That is a local solution; more ``restarts`` look further.
+    Guarantee: EXACT where it converges.
+
+    Args:
+        restarts: random starts besides the given one; None means 5 where the lower level looks convex in y, 9 else.
+        relaxation: the first t.
+        decrease: what t is multiplied by.
+        smallest: the last t, used where no active set can be read off before.
+        rtol: tolerance on the :class:`constrained.KKTResidual` of the programs, which is relative by itself; None means
+            1e-8.
+        atol: the same; the larger one counts.
+        check_every: steps between looks; None means 1.
+
+    Raises:
+        ValueError: if a setting is out of range; and from ``solve`` for minibatches, numbers other than float64, more
+            than 500 unknowns (x, y and the lower multipliers together), and lower functions that torch cannot
+            differentiate three times.
+
+    Example:
+        >>> import torch, bilevel
+        >>> problem = bilevel.BilevelProblem(
+        ...     upper=lambda x, y: ((x - 3) ** 2 + y**2).sum(),
+        ...     lower=lambda x, y: ((y - 1) ** 2).sum(),
+        ...     lower_inequality=lambda x, y: y - x,
+        ... )
+        >>> start = torch.zeros(1, dtype=torch.float64)
+        >>> found = bilevel.solve(problem, bilevel.KKTRelaxation(), start, start)
+        >>> found.success, round(float(found.x), 4), round(float(found.y), 4)
+        (True, 3.0, 1.0)
+    """
+
+    restarts: int | None = None
+    relaxation: float = 0.1
+    decrease: float = 1e-2
+    smallest: float = 1e-10
+
+    guarantee: ClassVar[str] = "EXACT"
+    handles: ClassVar[frozenset[str]] = frozenset(
+        {"upper_set", "lower_set", "lower_inequality", "lower_equality", "upper_inequality", "upper_equality"}
+    )
+    default_max_steps: ClassVar[int] = 10_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        restarts = self.restarts
+        if restarts is not None and (not isinstance(restarts, int) or isinstance(restarts, bool) or restarts < 0):
+            raise ValueError(f"restarts must be None or an integer >= 0, got {restarts!r}")
+        if not 0 < self.decrease < 1:
+            raise ValueError(f"decrease must lie in (0, 1), got {self.decrease!r}")
+        if not 0 < self.smallest <= self.relaxation < math.inf:
+            raise ValueError(
+                f"0 < smallest <= relaxation must hold, got smallest={self.smallest!r} and "
+                f"relaxation={self.relaxation!r}"
+            )
+
+    def refuses(self, problem: BilevelProblem) -> str | None:
+        """Minibatches have no KKT system."""
+        for level in ("upper", "lower"):
+            data = getattr(problem, f"{level}_data")
+            if data is not None and data.stochastic:
+                return (
+                    f"KKTRelaxation needs the exact functions, and {level}_data draws minibatches: leave batch_size "
+                    "out, or use Penalty or LVHBA"
+                )
+        return super().refuses(problem)
+
+    def resolve(self, problem: BilevelProblem, *start: Any, max_steps: int | None = None) -> "KKTRelaxation":
+        """Fill in the tolerance and the number of starts, and refuse what is too large or not smooth."""
+        x, y = start
+        for name, point in (("x0", x), ("y0", y)):
+            dtype = tree.common_dtype(point, name)
+            if dtype != torch.float64:
+                raise ValueError(
+                    f"{name} is {dtype}: KKTRelaxation follows products down to {self.smallest:.0e}, which needs "
+                    "float64; convert both starts and the data with .double()"
+                )
+        flat = FlatProblem(problem, x, y)
+        kkt = RelaxedKKT(flat, 1.0)
+        if kkt.size > LIMIT:
+            raise ValueError(
+                f"x, y and the lower multipliers are {kkt.size} unknowns, above the limit of {LIMIT}: KKTRelaxation "
+                "forms dense matrices of third derivatives. Use LVHBA or Penalty, or ImplicitGradient where the lower "
+                "level is unconstrained"
+            )
+        origin = torch.cat([flat.flat_x(x), flat.flat_y(y)])
+        require_third_derivatives(kkt, origin)
+        restarts = self.restarts
+        if restarts is None:
+            restarts = CONVEX_RESTARTS if looks_convex(flat, origin) else RESTARTS
+        return replace(
+            self, restarts=restarts, rtol=1e-8 if self.rtol is None else self.rtol, check_every=self.check_every or 1
+        )
+
+    @property
+    def tolerance(self) -> float:
+        """On KKT residuals."""
+        assert self.rtol is not None
+        return max(self.atol, self.rtol)
+
+    def init(
+        self, problem: BilevelProblem, *start: Any, generator: torch.Generator | None = None
+    ) -> KKTRelaxationState:
+        """Room for the unknowns and everything that is kept of them; nothing is solved yet."""
+        x, y = tree.clone(start[0]), tree.clone(start[1])
+        flat = FlatProblem(problem, x, y)
+        origin = torch.cat([flat.flat_x(x), flat.flat_y(y)])
+        kkt = RelaxedKKT(flat, lower_scale(flat, origin))
+        zeros = origin.new_zeros
+        lower, upper = flat.lower_level, flat.upper_level
+        own = generator or torch.Generator().manual_seed(0)
+        assert self.restarts is not None
+        stages = 1 + math.ceil(math.log(self.smallest / self.relaxation) / math.log(self.decrease))
+        state = KKTRelaxationState(
+            x=x,
+            y=y,
+            generator=own,
+            seed=int(torch.randint(2**31, (), generator=own)),
+            counts=flat.counts,
+            origin=origin,
+            scale=kkt.scale,
+            fixed=not moves_with_x(flat, origin),
+            point=zeros(kkt.size),
+            equality=zeros(flat.m + lower.equalities + upper.equalities),
+            inequality=zeros(upper.inequalities + lower.inequalities + kkt.pairs + CUTS),
+            below=zeros(kkt.size),
+            above=zeros(kkt.size),
+            active=torch.zeros(kkt.pairs, dtype=torch.bool, device=origin.device),
+            candidate=zeros(kkt.size),
+            cuts=zeros(CUTS, flat.m),
+            extra=zeros(CUTS, len(origin)),
+            trail=zeros(stages * (1 + self.restarts + CUTS) * (1 + ROUNDS), len(origin)),
+            best=zeros(kkt.size),
+            least=origin.clone(),
+        )
+        state.kkt = kkt
+        return state
+
+    def _kkt(self, problem: BilevelProblem, state: KKTRelaxationState) -> RelaxedKKT:
+        if state.kkt is None:
+            flat = FlatProblem(problem, state.x, state.y)
+            flat.counts = flat.oracle.counts = state.counts
+            state.kkt = RelaxedKKT(flat, state.scale)
+        return state.kkt
+
+    def step(self, problem: BilevelProblem, state: KKTRelaxationState) -> Values:
+        """One nonlinear program of one start."""
+        kkt = self._kkt(problem, state)
+        if state.phase == BEGIN:
+            self._begin(kkt, state)
+        index, relaxed = state.index, state.phase == RELAX
+        t = state.relaxation if relaxed else 0.0
+        if relaxed:
+            program = kkt.relaxed(t, state.used_cuts, CUT_SLACK)
+        else:
+            program = kkt.piece(state.active, state.used_cuts, CUT_SLACK)
+        outcome = solve_program(
+            program,
+            state.point,
+            self._multipliers_at(state) if relaxed else None,
+            atol=self.tolerance if relaxed else SHARPER * self.tolerance,
+            max_steps=INNER_STEPS if state.index == 0 else INNER_STEPS_OF_RESTARTS,
+        )
+        value = kkt.value(outcome.z)
+        if relaxed:
+            self._after_relaxed(kkt, state, outcome, value)
+        else:
+            self._after_piece(problem, kkt, state, outcome, value)
+        return {
+            "upper_value": value,
+            "relaxation": t,
+            "residual": outcome.residual.largest,
+            "feasibility": outcome.residual.feasibility,
+            "start": float(index),
+            "cuts": float(state.cut_count),
+            "inner_steps": float(outcome.steps),
+        }
+
+    def _multipliers_at(self, state: KKTRelaxationState) -> FlatMultipliers | None:
+        if not state.known:
+            return None
+        rows = len(state.inequality) - CUTS + state.cut_count
+        return FlatMultipliers(state.equality, state.inequality[:rows], state.below, state.above)
+
+    def _begin(self, kkt: RelaxedKKT, state: KKTRelaxationState) -> None:
+        """The next start: the given one, random ones, and those found on the way."""
+        assert self.restarts is not None
+        flat = kkt.flat
+        if state.index == 0:
+            both = state.origin
+        elif state.index <= self.restarts:
+            if state.box is None:
+                state.box = start_box(flat, state.origin)
+            both = state.box.draw(state.index, state.seed)
+        else:
+            both = state.extra[state.index - self.restarts - 1]
+        if not state.fixed:
+            state.cut_count = 0
+        state.rounds = 0
+        wide = state.index <= self.restarts and state.index % 2 == 0
+        self._from(kkt, state, both[: flat.n], both[flat.n :], self.relaxation if wide else self._narrow)
+
+    @property
+    def _narrow(self) -> float:
+        """The first relaxation where the neighbourhood of a start is to be kept: with the largest, paths meet."""
+        return max(self.relaxation * self.decrease, self.smallest)
+
+    def _from(self, kkt: RelaxedKKT, state: KKTRelaxationState, x: Tensor, y: Tensor, relaxation: float) -> None:
+        """Begin at x and the lower solution next to y, with its multipliers."""
+        found = solve_lower_level(kkt.flat, x, y, max_steps=LOWER_STEPS)
+        point = kkt.join(x, found.y, found.multipliers)
+        if not bool(torch.isfinite(point).all()):
+            point = kkt.join(x, y, FlatMultipliers(*(torch.zeros_like(v) for v in found.multipliers)))
+        duals = slice(kkt.flat.n + kkt.flat.m, None)
+        point[duals] = point[duals].clamp(-LARGEST, LARGEST)
+        self._restart_at(state, point, relaxation)
+
+    def _restart_at(self, state: KKTRelaxationState, point: Tensor, relaxation: float) -> None:
+        state.point, state.known, state.phase = point, False, RELAX
+        state.relaxation, state.reached, state.relaxed_value, state.flips = relaxation, 0.0, -math.inf, 0
+        state.candidate_value = math.inf
+
+    def _after_relaxed(self, kkt: RelaxedKKT, state: KKTRelaxationState, outcome: Outcome, value: float) -> None:
+        if not outcome.usable:
+            if state.reached:
+                state.relaxation = self.smallest
+                self._begin_piece(kkt, state)
+            else:
+                self._fail(kkt, state, outcome, value)
+            return
+        state.point, state.known = outcome.z, True
+        state.reached, state.relaxed_value, state.relaxed_residual = state.relaxation, value, outcome.residual.largest
+        state.equality, state.below, state.above = outcome.multipliers.equality, *outcome.multipliers[2:]
+        rows = outcome.multipliers.inequality
+        state.inequality[: len(rows)] = rows
+        if self._no_better(state, value):
+            self._end(state, outcome.status, value, WORSE)
+        elif self._met(kkt, state):
+            self._end(state, outcome.status, value, SAME_PATH)
+        elif self._last(state) or state.relaxation <= POLISH < state.relaxation / self.decrease:
+            self._begin_piece(kkt, state)
+        else:
+            state.relaxation *= self.decrease
+
+    def _last(self, state: KKTRelaxationState) -> bool:
+        """Whether this is the smallest relaxation."""
+        return state.relaxation * self.decrease < 0.99 * self.smallest
+
+    def _begin_piece(self, kkt: RelaxedKKT, state: KKTRelaxationState) -> None:
+        multipliers, slacks = kkt.pairs_at(state.point)
+        state.active = multipliers > slacks
+        state.phase = PIECE
+
+    def _after_piece(
+        self, problem: BilevelProblem, kkt: RelaxedKKT, state: KKTRelaxationState, outcome: Outcome, value: float
+    ) -> None:
+        solved = outcome.usable and outcome.residual.largest <= self.tolerance
+        near = value <= state.relaxed_value + 10.0 * state.reached**0.5 * max(1.0, abs(value))
+        if solved and value < state.candidate_value and (near or state.flips):
+            state.candidate, state.candidate_value = outcome.z, value
+            state.candidate_residual = outcome.residual.largest
+            turned = kkt.descending(outcome, state.active)
+            if turned is not None and state.flips < FLIPS:
+                state.point, state.flips = outcome.z, state.flips + 1
+                state.active = state.active.clone()
+                state.active[turned] = ~state.active[turned]
+                return
+        if math.isfinite(state.candidate_value):
+            self._judge(problem, kkt, state, 0.0)
+        elif not self._last(state):
+            state.relaxation *= self.decrease
+            state.phase = RELAX
+        else:
+            state.candidate, state.candidate_value = state.point, state.relaxed_value
+            state.candidate_residual = state.relaxed_residual
+            self._judge(problem, kkt, state, state.reached)
+
+    def _judge(self, problem: BilevelProblem, kkt: RelaxedKKT, state: KKTRelaxationState, relaxation: float) -> None:
+        """What becomes of the end of a path."""
+        value, at = state.candidate_value, kkt.split(state.candidate)
+        if self._no_better(state, value):
+            self._end(state, Status.CONVERGED, value, WORSE)
+            return
+        x, y = kkt.flat.x_tree(at.x), kkt.flat.y_tree(at.y)
+        found = verify(problem, x, y, tolerance=TOLERANCE)
+        if found.accepted:
+            state.best, state.best_value = state.candidate, value
+            state.best_residual, state.best_relaxation = state.candidate_residual, relaxation
+            state.verification = found
+            tree.copy_(state.x, x)
+            tree.copy_(state.y, y)
+            self._end(state, Status.CONVERGED, value, VERIFIED)
+            return
+        state.said = found.reasons[0]
+        if found.better_y is None or state.cut_count >= CUTS or state.rounds >= ROUNDS:
+            self._end(state, Status.STALLED, value, REJECTED)
+            return
+        better = kkt.flat.flat_y(found.better_y)
+        if state.extra_count < CUTS:
+            state.extra[state.extra_count] = torch.cat([at.x, better])
+            state.extra_count += 1
+        state.cuts[state.cut_count] = better
+        state.cut_count, state.rounds = state.cut_count + 1, state.rounds + 1
+        self._restart_at(state, state.candidate, self._narrow)
+
+    def _no_better(self, state: KKTRelaxationState, value: float) -> bool:
+        return value >= state.best_value - TOLERANCE * max(1.0, abs(state.best_value))
+
+    def _met(self, kkt: RelaxedKKT, state: KKTRelaxationState) -> bool:
+        """Whether an earlier program with the same relaxation and cuts ended here; remembers this one."""
+        at = state.point[: kkt.flat.n + kkt.flat.m]
+        key = math.log10(state.relaxation) - 100.0 * state.cut_count
+        found = state.trail[: len(state.trail_keys)]
+        close = (found - at).abs().amax(dim=1) <= SAME * (1.0 + float(at.abs().amax()))
+        same = torch.tensor([k == key for k in state.trail_keys], dtype=torch.bool, device=at.device)
+        comparable = state.fixed or not state.cut_count
+        if comparable and bool((close & same).any()):
+            return True
+        if len(state.trail_keys) < len(state.trail):
+            state.trail[len(state.trail_keys)] = at
+            state.trail_keys.append(key)
+        return False
+
+    def _fail(self, kkt: RelaxedKKT, state: KKTRelaxationState, outcome: Outcome, value: float) -> None:
+        """Where not even the first program could be solved: how near to feasible is its end?"""
+        at, flat = kkt.split(outcome.z), kkt.flat
+        infeasible = outcome.status is Status.INFEASIBLE
+        if bool(torch.isfinite(outcome.z).all()):
+            lower = solve_lower_level(flat, at.x, at.y, max_steps=LOWER_STEPS)
+            y = lower.y if bool(torch.isfinite(lower.y).all()) else at.y
+            violation = flat.violation(at.x, y)
+            # A lower level without multipliers has a program without solutions, although it has some itself.
+            infeasible = infeasible and not violation <= TOLERANCE
+            if violation < state.least_violation:
+                state.least, state.least_violation = torch.cat([at.x, y]), violation
+                if not math.isfinite(state.best_value):
+                    tree.copy_(state.x, flat.x_tree(at.x))
+                    tree.copy_(state.y, flat.y_tree(y))
+        self._end(state, outcome.status, value, INFEASIBLE if infeasible else FAILED)
+
+    def _end(self, state: KKTRelaxationState, status: Status, value: float, outcome: int) -> None:
+        state.statuses.append(list(Status).index(status))
+        state.values.append(value)
+        state.outcomes.append(outcome)
+        state.index, state.phase = state.index + 1, BEGIN
+
+    def terminate(self, problem: BilevelProblem, state: KKTRelaxationState) -> Status:
+        """After the last start: from what the verified, or the least infeasible point is worth."""
+        assert self.restarts is not None
+        if state.index <= self.restarts + state.extra_count:
+            return Status.RUNNING
+        if math.isfinite(state.best_value):
+            return Status.CONVERGED if state.best_residual <= self.tolerance else Status.STALLED
+        return Status.INFEASIBLE if all(v == INFEASIBLE for v in state.outcomes) else Status.STALLED
+
+    def multipliers(self, problem: BilevelProblem, state: KKTRelaxationState) -> dict[str, Tree]:
+        """Those of the lower level at the best point."""
+        if not math.isfinite(state.best_value):
+            return {}
+        kkt = self._kkt(problem, state)
+        found = kkt.multipliers(state.best)
+        return kkt.flat.multipliers(found.inequality, found.equality, found.lower, found.upper)
+
+    def starts(self, problem: BilevelProblem, state: KKTRelaxationState) -> tuple[Start, ...]:
+        """One entry per finished start."""
+        assert self.restarts is not None
+        found = []
+        for k, (status, value, outcome) in enumerate(zip(state.statuses, state.values, state.outcomes, strict=True)):
+            name = "given" if k == 0 else f"random {k}"
+            found.append(
+                Start(
+                    name=name if k <= self.restarts else f"better y {k - self.restarts}",
+                    status=list(Status)[status],
+                    upper_value=value,
+                    accepted=outcome == VERIFIED,
+                    note=OUTCOMES[outcome],
+                )
+            )
+        return tuple(found)
+
+    def assess(
+        self, problem: BilevelProblem, state: KKTRelaxationState, status: Status
+    ) -> tuple[Accuracy, Status, str]:
+        """Verification of the end point, and what became of the starts."""
+        found = state.verification or verify(problem, state.x, state.y, tolerance=TOLERANCE)
+        accuracy = Accuracy(
+            stationarity=found.stationarity,
+            feasibility=max(found.upper_feasibility, found.lower_feasibility),
+            optimality_gap=found.optimality_gap,
+            lower_kkt=found.lower_kkt,
+            notes=found.notes,
+        )
+        verified = math.isfinite(state.best_value)
+        how = "exact complementarity" if not state.best_relaxation else f"products up to {state.best_relaxation:.0e}"
+        tried = f"{len(state.outcomes)} starts, {state.outcomes.count(VERIFIED)} accepted as better than those before"
+        if verified and not found.accepted:
+            return accuracy, Status.STALLED, f"verified before, but not again: {found.reasons[0]}"
+        if verified:
+            text = f"verified; KKT residual {state.best_residual:.3g} with {how}; {tried}"
+            return accuracy, status, text if status is Status.CONVERGED else f"{status.value}; {text}"
+        if status is Status.INFEASIBLE:
+            text = (
+                f"every start ended at a point that is infeasible; the least violation is {state.least_violation:.3g}"
+            )
+            return accuracy, status, text
+        reasons = ", ".join(sorted({OUTCOMES[v] for v in state.outcomes})) or "no start is finished"
+        return accuracy, status, f"no point was verified; {reasons}" + (f"; {state.said}" if state.said else "")

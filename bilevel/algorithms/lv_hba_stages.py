@@ -1,0 +1,159 @@
+"""The sequence of penalties of LV-HBA, and the extrapolation of its limit."""
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from implicit import State
+
+KEPT = 3
+FAR = 1e6
+"""A run that is so many times as far away as it began has left for infinity: F / c was stronger than f - v there."""
+
+
+class Outcome(enum.IntEnum):
+    """How the stages ended."""
+
+    RUNNING = 0
+    CONVERGED = 1
+    EXHAUSTED = 2
+    DIVERGED = 3
+
+
+@dataclass(kw_only=True)
+class StagesState(State):
+    """Where the sequence stands; ``step`` counts the stages that ended.
+
+    Attributes:
+        penalty: c_0 of the current stage.
+        began: the step at which it began.
+        home: the start, to which a run that diverged returns.
+        ended: the ends of the last three stages, newest last: the projected point and then its image.
+        settled: whether each of them reached its fixed point.
+        outcome: an :class:`Outcome`.
+        change: distance of the last two extrapolations of (x, y).
+        bias: distance of (x, y) at the end of the last stage from the extrapolation.
+    """
+
+    penalty: Tensor
+    began: int
+    home: Tensor
+    ended: Tensor
+    settled: list[int] = field(default_factory=list)
+    outcome: int = 0
+    change: float = float("inf")
+    bias: float = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """When c grows, and when the run is over.
+
+    The fixed point of a stage differs from the limit by ``a / c + O(1 / c^2)`` as long as the active constraints stay,
+    so that of the ends s_1, s_2, ... of consecutive stages ``(growth s_2 - s_1) / (growth - 1)`` is free of the first
+    term. The run has converged when that changes by at most the tolerance from one stage to the next and its theta
+    meets y, which says that y solves the lower level: constraints may hold (x, y) in place while c is too small.
+
+    Args:
+        growth: factor on c.
+        count: stages at most.
+        steps: of a stage at most.
+        rtol, atol: on the change, relative to ``1 + |(x, y)|``, and absolute.
+    """
+
+    growth: float
+    count: int
+    steps: int
+    rtol: float
+    atol: float
+
+    def init(self, point: Tensor, penalty: float) -> StagesState:
+        """Before the first step."""
+        return StagesState(
+            penalty=point.new_tensor(penalty), began=0, home=point.clone(), ended=point.new_zeros(KEPT, 2 * len(point))
+        )
+
+    def look(
+        self, state: StagesState, point: Tensor, end: Tensor, settled: bool, step: int, n: int, m: int
+    ) -> Tensor | None:
+        """End the stage if it is over; returns the point at which the next one begins, not projected.
+
+        Args:
+            state: updated.
+            point: the current point, projected.
+            end: its image, not projected.
+            settled: whether it is the fixed point.
+            step: steps done.
+            n, m: sizes of x and y, which lead in the point; theta follows.
+        """
+        if Outcome(state.outcome) is not Outcome.RUNNING:
+            return None
+        if float(torch.linalg.vector_norm(end)) > FAR * (1.0 + float(torch.linalg.vector_norm(state.home))):
+            return self._home(state, step)
+        if not settled and step - state.began < self.steps:
+            return None
+        state.step += 1
+        state.ended = torch.cat([state.ended[1:], torch.cat([point, end])[None]])
+        state.settled = [*state.settled, int(settled)][-KEPT:]
+        if self._converged(state, n, m):
+            state.outcome = int(Outcome.CONVERGED)
+            return None
+        if state.step >= self.count:
+            state.outcome = int(Outcome.EXHAUSTED)
+            return None
+        self._raise(state, step)
+        if len(state.settled) > 1 and all(state.settled[-2:]):
+            return end + (end - state.ended[-2][len(end) :]) / self.growth
+        return end
+
+    def limit(self, state: StagesState) -> Tensor | None:
+        """The extrapolation ``c -> inf`` from the last two or three fixed points; None where there are none."""
+        q, usable = self.growth, 0
+        for flag in reversed(state.settled):
+            if not flag:
+                break
+            usable += 1
+        if usable < 2:
+            return None
+        first = _extrapolated(state.ended[-2], state.ended[-1], q)
+        if usable < KEPT:
+            return first
+        return _extrapolated(_extrapolated(state.ended[-3], state.ended[-2], q), first, q * q)
+
+    def _converged(self, state: StagesState, n: int, m: int) -> bool:
+        if len(state.settled) < KEPT:
+            return False
+        before, limit = (_extrapolated(state.ended[k], state.ended[k + 1], self.growth) for k in (0, 1))
+        pair, theta = slice(0, n + m), slice(n + m, n + 2 * m)
+        own = slice(n, n + m)
+        change, bias, size, apart = torch.stack(
+            [
+                torch.linalg.vector_norm(limit[pair] - before[pair]),
+                torch.linalg.vector_norm(limit[pair] - state.ended[-1][pair]),
+                torch.linalg.vector_norm(limit[pair]),
+                torch.linalg.vector_norm(limit[own] - limit[theta]),
+            ]
+        ).tolist()
+        state.change, state.bias = change, bias
+        allowed = max(self.atol, self.rtol * (1.0 + size))
+        return all(state.settled) and change <= allowed and apart <= 10.0 * allowed
+
+    def _raise(self, state: StagesState, step: int) -> None:
+        state.penalty = self.growth * state.penalty
+        state.began = step
+
+    def _home(self, state: StagesState, step: int) -> Tensor | None:
+        """Back to the start with a larger c."""
+        state.step += 1
+        state.settled = []
+        if state.step >= self.count:
+            state.outcome = int(Outcome.DIVERGED)
+            return None
+        self._raise(state, step)
+        return state.home
+
+
+def _extrapolated(before: Tensor, after: Tensor, factor: float) -> Tensor:
+    return (factor * after - before) / (factor - 1.0)

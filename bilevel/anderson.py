@@ -1,0 +1,104 @@
+"""Anderson acceleration of a fixed-point iteration, with everything on the device.
+
+Reference:
+    D. G. Anderson, "Iterative procedures for nonlinear integral equations", J. ACM 12(4), 1965; the safeguard is that
+        of J. Zhang, B. O'Donoghue, S. Boyd, "Globally convergent type-I Anderson acceleration for nonsmooth
+        fixed-point iterations", SIAM J. Optim. 30(4), 2020: fall back on the plain step where it does not help.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from implicit import State
+
+RIDGE = 1e-10
+"""On the normal equations, relative to their trace: consecutive differences are nearly dependent."""
+
+
+@dataclass(kw_only=True)
+class AndersonState(State):
+    """The last points of an iteration ``s -> T(s)``.
+
+    Attributes:
+        residuals, images: ``T(s) - s`` and ``T(s)`` at the last accepted points, newest last, ``(memory + 1, d)``.
+        kept: how many rows of them are in use.
+        norm: ``||T(s) - s||`` at the newest.
+        extrapolated: whether the point handed out last was extrapolated.
+    """
+
+    residuals: Tensor
+    images: Tensor
+    kept: Tensor
+    norm: Tensor
+    extrapolated: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anderson:
+    """Picks the next point of a fixed-point iteration from the last ones.
+
+    The next point is ``T(s) - sum_i g_i (T(s_{i+1}) - T(s_i))`` with the g that makes the same combination of residuals
+    smallest. A point where the residual is larger than at the last accepted one is refused, and the plain
+    step ``T(s)`` from there taken instead; the two newest rows are kept then, as what is older misled.
+
+    Args:
+        memory: differences to combine; 0 is the plain iteration.
+    """
+
+    memory: int = 20
+
+    def init(self, point: Tensor) -> AndersonState:
+        """An empty memory for points like this one."""
+        rows = point.new_zeros(self.memory + 1, len(point))
+        zero = point.new_zeros(())
+        return AndersonState(
+            residuals=rows, images=rows.clone(), kept=zero, norm=zero + torch.inf, extrapolated=zero > 0
+        )
+
+    def forget(self, state: AndersonState, where: Tensor) -> None:
+        """Start over, where T has changed."""
+        state.kept = torch.where(where, 0.0, state.kept)
+        state.norm = torch.where(where, torch.inf, state.norm)
+        state.extrapolated = state.extrapolated & ~where
+
+    def advance(self, state: AndersonState, point: Tensor, image: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+        """Record ``image = T(point)``.
+
+        Args:
+            state: updated.
+            point, image: ``(d,)``.
+            usable: whether the image may be used at all; if not, and the point was extrapolated, it is refused.
+
+        Returns:
+            The next point, and whether this one was refused.
+        """
+        residual = image - point
+        norm = torch.linalg.vector_norm(residual)
+        refused = state.extrapolated & ~(usable & (norm <= state.norm))
+        fallback = state.images[-1].clone()
+        residuals = torch.cat([state.residuals[1:], residual[None]])
+        images = torch.cat([state.images[1:], image[None]])
+        kept = torch.clamp(state.kept + 1, max=self.memory + 1)
+        state.residuals = torch.where(refused, state.residuals, residuals)
+        state.images = torch.where(refused, state.images, images)
+        state.kept = torch.where(refused, torch.clamp(state.kept, max=2), kept)
+        state.norm = torch.where(refused, state.norm, norm)
+        state.extrapolated = ~refused & (state.kept >= 2) & (self.memory > 0)
+        state.step += 1
+        return torch.where(refused, fallback, self._combined(state, image)), refused
+
+    def _combined(self, state: AndersonState, image: Tensor) -> Tensor:
+        if not self.memory:
+            return image
+        used = torch.arange(self.memory, device=image.device) >= self.memory + 1 - state.kept
+        # Rows out of use may hold anything, also what is not finite.
+        changes = torch.where(used[:, None], state.residuals.diff(dim=0), 0.0)
+        moves = torch.where(used[:, None], state.images.diff(dim=0), 0.0)
+        normal = changes @ changes.T
+        ridge = RIDGE * normal.trace() + torch.finfo(image.dtype).tiny
+        normal = normal + torch.diag_embed(ridge + (~used).to(image))
+        weights, _ = torch.linalg.solve_ex(normal, changes @ state.residuals[-1])
+        combined = image - moves.T @ weights
+        return torch.where(torch.isfinite(combined).all(), combined, image)
