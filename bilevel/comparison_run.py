@@ -222,11 +222,17 @@ class _Recorder:
 
     def __init__(self, job: Job) -> None:
         self.kind, self.trace = job.kind, []
+        self.seconds, self.calls = 0.0, 0.0
+
+    def start(self, info: StepInfo) -> None:
+        """The second run of an automatic choice goes on where the first one ended."""
+        if self.trace:
+            _, self.seconds, _, self.calls = self.trace[-1]
 
     def __call__(self, info: StepInfo) -> None:
         value = info.values.get(self.kind.chart.value, float("nan"))
-        calls = sum(self.kind.evaluations(info).values())
-        self.trace.append((float(info.step), info.seconds, value, float(calls)))
+        calls = self.calls + sum(self.kind.evaluations(info).values())
+        self.trace.append((float(info.step), self.seconds + info.seconds, value, float(calls)))
 
 
 def run_one(task: _Task, job: Job | Exception) -> Trial:

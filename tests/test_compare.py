@@ -276,6 +276,21 @@ def test_traces_tell_time_and_oracle_calls() -> None:
     assert found.trials[0].counts["lower"] > 0
 
 
+def test_the_trace_of_two_runs_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bilevel.Penalty(rtol=0.0, check_every=1)
+    choice = bilevel.Choice(algorithm=first, reason="a try", fallback=bilevel.ImplicitGradient())
+    monkeypatch.setattr("bilevel.auto.choose", lambda *_: choice)
+    (row,) = compare(case(), {"auto": "auto"}, max_steps=4).trials
+    assert row.chosen == "Penalty" and row.starts == 1
+    monkeypatch.setattr(bilevel.Penalty, "default_max_steps", 4)
+    (row,) = compare(case(), {"auto": "auto"}).trials
+    steps, seconds, _, calls = zip(*row.trace, strict=True)
+    assert row.chosen == "ImplicitGradient" and row.starts == 2
+    assert steps[:5] == (1.0, 2.0, 3.0, 4.0, 1.0)
+    assert list(seconds) == sorted(seconds) and list(calls) == sorted(calls)
+    assert calls[-1] == row.calls
+
+
 def test_problems_of_one_level_are_judged_by_their_residual() -> None:
     known = problems.case("hs71")
     found = compare(known)
