@@ -16,6 +16,8 @@ from implicit import State
 RIDGE = 1e-10
 """On the normal equations, relative to their trace: consecutive differences are nearly dependent."""
 
+LONGEST = 16.0
+
 
 @dataclass(kw_only=True)
 class AndersonState(State):
@@ -25,14 +27,20 @@ class AndersonState(State):
         residuals, images: ``T(s) - s`` and ``T(s)`` at the last accepted points, newest last, ``(memory + 1, d)``.
         kept: how many rows of them are in use.
         norm: ``||T(s) - s||`` at the newest.
+        merit: what the iteration descends, there.
         extrapolated: whether the point handed out last was extrapolated.
+        wait: plain steps to go before the next extrapolation.
+        pause: how many there will be after the next refusal.
     """
 
     residuals: Tensor
     images: Tensor
     kept: Tensor
     norm: Tensor
+    merit: Tensor
     extrapolated: Tensor
+    wait: Tensor
+    pause: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +48,10 @@ class Anderson:
     """Picks the next point of a fixed-point iteration from the last ones.
 
     The next point is ``T(s) - sum_i g_i (T(s_{i+1}) - T(s_i))`` with the g that makes the same combination of residuals
-    smallest. A point where the residual is larger than at the last accepted one is refused, and the plain
-    step ``T(s)`` from there taken instead; the two newest rows are kept then, as what is older misled.
+    smallest. A point where the residual or the merit is larger than at the last accepted one is refused, and the plain
+    step ``T(s)`` from there taken instead; the two newest rows are kept then, as what is older misled. The residual
+    alone would lead to maxima and saddle points as well. Each refusal in a row doubles the number of plain steps before
+    the next attempt.
 
     Args:
         memory: differences to combine; 0 is the plain iteration.
@@ -54,44 +64,61 @@ class Anderson:
         rows = point.new_zeros(self.memory + 1, len(point))
         zero = point.new_zeros(())
         return AndersonState(
-            residuals=rows, images=rows.clone(), kept=zero, norm=zero + torch.inf, extrapolated=zero > 0
+            residuals=rows,
+            images=rows.clone(),
+            kept=zero,
+            norm=zero + torch.inf,
+            merit=zero + torch.inf,
+            extrapolated=zero > 0,
+            wait=zero.clone(),
+            pause=zero + 1.0,
         )
 
     def forget(self, state: AndersonState, where: Tensor) -> None:
         """Start over, where T has changed."""
         state.kept = torch.where(where, 0.0, state.kept)
         state.norm = torch.where(where, torch.inf, state.norm)
+        state.merit = torch.where(where, torch.inf, state.merit)
         state.extrapolated = state.extrapolated & ~where
 
-    def advance(self, state: AndersonState, point: Tensor, image: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(
+        self, state: AndersonState, point: Tensor, image: Tensor, merit: Tensor, slack: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Record ``image = T(point)``.
 
         Args:
             state: updated.
             point, image: ``(d,)``.
-            usable: whether the image may be used at all; if not, and the point was extrapolated, it is refused.
+            merit: what T descends, at the point.
+            slack: by how much the merit may be wrong.
 
         Returns:
             The next point, and whether this one was refused.
         """
         residual = image - point
         norm = torch.linalg.vector_norm(residual)
-        refused = state.extrapolated & ~(usable & (norm <= state.norm))
+        lower = merit < state.merit - slack
+        refused = state.extrapolated & ~(lower | ((norm <= state.norm) & (merit <= state.merit + slack)))
+        welcome = state.extrapolated & ~refused
         fallback = state.images[-1].clone()
-        residuals = torch.cat([state.residuals[1:], residual[None]])
-        images = torch.cat([state.images[1:], image[None]])
-        kept = torch.clamp(state.kept + 1, max=self.memory + 1)
-        state.residuals = torch.where(refused, state.residuals, residuals)
-        state.images = torch.where(refused, state.images, images)
-        state.kept = torch.where(refused, torch.clamp(state.kept, max=2), kept)
+        state.residuals = torch.where(refused, state.residuals, torch.cat([state.residuals[1:], residual[None]]))
+        state.images = torch.where(refused, state.images, torch.cat([state.images[1:], image[None]]))
+        state.kept = torch.where(
+            refused, torch.clamp(state.kept, max=2), torch.clamp(state.kept + 1, max=self.memory + 1)
+        )
         state.norm = torch.where(refused, state.norm, norm)
-        state.extrapolated = ~refused & (state.kept >= 2) & (self.memory > 0)
+        state.merit = torch.where(refused, state.merit, merit)
+        state.wait = torch.where(refused, state.pause, state.wait - 1)
+        state.pause = torch.where(
+            refused, torch.clamp(2 * state.pause, max=LONGEST), torch.where(welcome, 1.0, state.pause)
+        )
+        state.extrapolated = ~refused & (state.kept >= 2) & (state.wait <= 0) & (self.memory > 0)
         state.step += 1
-        return torch.where(refused, fallback, self._combined(state, image)), refused
+        return torch.where(
+            refused, fallback, torch.where(state.extrapolated, self._combined(state, image), image)
+        ), refused
 
     def _combined(self, state: AndersonState, image: Tensor) -> Tensor:
-        if not self.memory:
-            return image
         used = torch.arange(self.memory, device=image.device) >= self.memory + 1 - state.kept
         # Rows out of use may hold anything, also what is not finite.
         changes = torch.where(used[:, None], state.residuals.diff(dim=0), 0.0)

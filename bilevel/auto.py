@@ -305,6 +305,8 @@ def _unsettled(ended: _Ended, checked: bool) -> bool:
 
 def _better(choice: Choice, first: _Ended, second: _Ended) -> Solution:
     best, other = (second, first) if second.rank < first.rank else (first, second)
+    if first.solution.status is Status.INFEASIBLE and not second.accepted:
+        best, other = first, second  # that no feasible point was found is the answer, and not where another run stopped
     counts = dict(best.solution.counts)
     for name, number in other.solution.counts.items():
         counts[name] = counts.get(name, 0) + number

@@ -84,7 +84,9 @@ class BilevelProblem:
             _check_signature(level, function, data is not None)
             chosen = getattr(self, f"{level}_set")
             if not isinstance(chosen, ConvexSet):
-                raise TypeError(f"{level}_set must be a set from constrained, got {type(chosen).__name__}")
+                raise TypeError(
+                    f"{level}_set must be a set from constrained, got {chosen!r}; bounds are constrained.Box(0.0, 1.0)"
+                )
         if self.regularizer is not None:
             if not callable(self.regularizer):
                 found = type(self.regularizer).__name__
@@ -95,7 +97,9 @@ class BilevelProblem:
         if self.joint_set is not None and not isinstance(self.joint_set, ConvexSet):
             found = type(self.joint_set).__name__
             raise TypeError(f"joint_set must be a set from constrained for pairs (x, y), got {found}")
-        if self.formulation != "optimistic":
+        if self.formulation not in ("optimistic", "pessimistic"):
+            raise ValueError(f"formulation must be 'optimistic', got {self.formulation!r}")
+        if self.formulation == "pessimistic":
             raise ValueError(
                 f"formulation={self.formulation!r}: only 'optimistic' problems are solved, where of several lower "
                 "solutions the one that is best for upper counts. For a pessimistic problem make the lower solution "
@@ -276,10 +280,11 @@ def evaluate_constraint(function: Constraint, name: str, x: Tree, y: Tree) -> Tr
 def _check_constraint_function(name: str, function: Any) -> None:
     if function is None:
         return
-    if isinstance(function, Mapping):
+    if isinstance(function, Mapping | list | tuple):
+        found = "dict" if isinstance(function, Mapping) else type(function).__name__
         raise TypeError(
-            f"{name} must be a function of (x, y), got a dict; scipy's dict constraints say fun >= 0, here it is "
-            "function(x, y) <= 0: give lambda x, y: -fun(x, y)"
+            f"{name} must be one function of (x, y) that returns all rows, got a {found}; scipy's dict constraints say "
+            "fun >= 0, here it is function(x, y) <= 0: give lambda x, y: -fun(x, y)"
         )
     if not callable(function):
         raise TypeError(f"{name} must be a function of (x, y), got {type(function).__name__}")

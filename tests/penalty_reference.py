@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import bilevel
-from constrained import Box
+from constrained import Box, WholeSpace
 
 STEPS = 12
 L_G, L_F = 9.0, 2.0
@@ -70,8 +70,11 @@ class Setting:
     def problem(self) -> bilevel.BilevelProblem:
         own = data()
         upper, lower = self.batches(own)
-        sets = {"upper_set": Box(-0.05, 0.3), "lower_set": Box(-0.08, 0.15)} if self.box else {}
-        return bilevel.BilevelProblem(own.f, own.g, upper_data=upper, lower_data=lower, **sets)
+        upper_set = Box(-0.05, 0.3) if self.box else WholeSpace()
+        lower_set = Box(-0.08, 0.15) if self.box else WholeSpace()
+        return bilevel.BilevelProblem(
+            own.f, own.g, upper_data=upper, lower_data=lower, upper_set=upper_set, lower_set=lower_set
+        )
 
     def project_x(self, x: Tensor) -> Tensor:
         return x.clamp(-0.05, 0.3) if self.box else x

@@ -166,8 +166,8 @@ def test_list_json_agrees_with_the_registry(capsys: pytest.CaptureFixture[str]) 
     found = json.loads(capsys.readouterr().out)
     assert [c["name"] for c in found["cases"]] == list(problems.entries())
     by_name = {c["name"]: c for c in found["cases"]}
-    assert by_name["box"]["fits"] == ["Penalty"]
-    assert by_name["quadratic"]["fits"] == ["ImplicitGradient", "Penalty"]
+    assert by_name["box"]["fits"] == ["Penalty", "LVHBA", "KKTRelaxation"]
+    assert by_name["quadratic"]["fits"] == ["ImplicitGradient", "Penalty", "LVHBA", "KKTRelaxation"]
     assert by_name["quadratic"]["settings"] == {
         "n": 5, "m": 8, "condition": 10.0, "seed": 0, "dtype": "float64", "device": "cpu",
     }  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import bilevel.curved_projection
 from bilevel import BilevelProblem
+from bilevel.curved_projection import CurvedProjection, _Cuts
 from bilevel.flat import FlatProblem
 from bilevel.joint_projection import JointPoint, JointProjection
 from constrained import Ball, Box, HalfSpace, Nonnegative, Polyhedron, Product, Simplex, WholeSpace, solve_qp
@@ -250,8 +251,9 @@ def curved_case(name: str) -> tuple[JointProjection, Callable[[Any, Any], list[A
         ), lambda u, v: [cp.sum_squares(v) <= u[0], v[0] <= 0.1, u <= 1, u >= -1]
     if name == "an equation and an exponential":
         return declared(
-            lower_inequality=lambda x, y: torch.exp(y).sum() - 5 - x[0], lower_equality=lambda x, y: y.sum() - x.sum()
-        ), lambda u, v: [cp.sum(cp.exp(v)) <= 5 + u[0], cp.sum(v) == cp.sum(u)]
+            lower_inequality=lambda x, y: torch.exp(y).sum() + (y[0] + y[1]) ** 2 - 5 - x[0],
+            lower_equality=lambda x, y: y.sum() - x.sum(),
+        ), lambda u, v: [cp.sum(cp.exp(v)) + cp.square(v[0] + v[1]) <= 5 + u[0], cp.sum(v) == cp.sum(u)]
     assert name == "sets with a function"
     return declared(
         upper_set=Ball(1.0), lower_set=Ball(0.7, center=0.2), lower_inequality=lambda x, y: y.sum() - x.sum()
@@ -265,6 +267,8 @@ CURVED = ("balls and a cone", "a diagonal Hessian", "an equation and an exponent
 def test_curved_rows(generator: torch.Generator, name: str) -> None:
     projection, constraints = curved_case(name)
     assert projection.method == "curved rows"
+    assert projection._curved is not None
+    assert projection._curved.diagonal == (name in ("a diagonal Hessian", "sets with a function"))
     found = []
     for reach in (0.5, 2.0, 3.0):
         x, y = reach * torch.randn(N, generator=generator), reach * torch.randn(M, generator=generator)
@@ -342,6 +346,13 @@ def test_a_warm_start_needs_one_system(generator: torch.Generator) -> None:
     warm = rows.project(point + 1e-6, cold.multiplier)
     assert warm.steps == 1 < cold.steps <= 12
     assert rows.project(point, cold.multiplier).steps == 0
+    # multipliers of inequalities are never negative, and equations are active whatever the signs
+    inside = point.clone()
+    inside[-len(d) :] += 100.0
+    assert bool((rows.project(inside, torch.full_like(d, -1e-17)).multiplier >= 0).all())
+    equations = RowProjection(structure, d, len(d), -free, free).project(point, torch.zeros_like(d))
+    assert equations.steps == 1
+    assert int((equations.multiplier < 0).sum()) >= 5
 
 
 def machine(generator: torch.Generator, examples: int = 60) -> tuple[RowStructure, Tensor, Tensor]:
@@ -476,6 +487,7 @@ def random_set(generator: torch.Generator) -> tuple[Tensor, Tensor, int, Tensor,
 
 
 def test_random_sets_against_quadratic_programs(generator: torch.Generator) -> None:
+    generator.manual_seed(11)  # with sets whose active rows are dependent in several ways
     empty = inner = 0
     for _ in range(80):
         J, d, q, low, high, point = random_set(generator)
@@ -499,6 +511,7 @@ def test_random_sets_against_quadratic_programs(generator: torch.Generator) -> N
             continue
         inner += found.steps > 12
         assert found.error <= 1e-11
+        assert bool((found.multiplier[q:] >= 0).all())
         torch.testing.assert_close(found.z, exact.x, rtol=0, atol=1e-8)
         near = rows.project(point + 1e-3 * torch.randn(len(point), generator=generator), found.multiplier)
         back = rows.project(point, near.multiplier)
@@ -510,23 +523,26 @@ def test_random_sets_against_quadratic_programs(generator: torch.Generator) -> N
 def test_interior_points_find_the_active_sets(generator: torch.Generator) -> None:
     for slack_bound in (-torch.inf, 0.0):
         structure, d, free = machine(generator)
-        lower = -free
+        lower, upper = -free, free.clone()
         lower[-len(d) :] = slack_bound
-        rows = RowProjection(structure, d, 0, lower, free)
+        lower[6] = upper[6] = 0.2  # one weight is fixed
+        rows = RowProjection(structure, d, 0, lower, upper)
         point = torch.randn(structure.n, generator=generator)
         multiplier, sets, steps = interior_sets(rows.program, point[structure.order])
         found = rows.project(point, torch.zeros_like(d))
         assert found.error <= 1e-13
         assert 5 <= steps <= 30
+        assert int(sets.low.sum()) >= 1
         assert torch.equal(sets.working, found.multiplier > 0)
         assert torch.equal(sets.low, found.z[structure.order] == lower[structure.order])
         torch.testing.assert_close(multiplier, found.multiplier, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["own", "several own", "shared", "narrow"])
+@pytest.mark.parametrize("kind", ["own", "several own", "shared", "narrow", "own and wide"])
 def test_structure_and_systems_against_dense_algebra(generator: torch.Generator, kind: str) -> None:
     r = 7
-    U = torch.randn(r, 9 if kind == "shared" else 3, generator=generator)
+    wide = kind in ("shared", "own and wide")
+    U = torch.randn(r, 9 if wide else 3, generator=generator)
     own = torch.diag(torch.randn(r, generator=generator))
     if kind == "several own":
         own = torch.cat([own, 2 * own[:, :2], own[:, 1:2]], 1)[:, 1:]  # two of their own, three, none
@@ -536,7 +552,7 @@ def test_structure_and_systems_against_dense_algebra(generator: torch.Generator,
     index = index[:, shuffled]
     rows = RowStructure.of(index, J[index[0], index[1]], tuple(J.shape))
     assert torch.equal(rows.dense(), J)
-    assert rows.width == (3 if kind != "shared" else 9)
+    assert rows.width == (9 if wide else 3)
     z, multiplier = torch.randn(J.shape[1], generator=generator), torch.randn(r, generator=generator)
     torch.testing.assert_close(rows.multiply(z[rows.order]), J @ z)
     torch.testing.assert_close(rows.spread(rows.pull(multiplier)), J.mT @ multiplier)
@@ -603,6 +619,55 @@ def test_what_newton_steps_cannot_solve_goes_to_cuts_and_interior_points(
     assert found.status is Status.CONVERGED
     torch.testing.assert_close(joined(found), joined(exact), rtol=0, atol=1e-10)
     torch.testing.assert_close(found.multipliers, exact.multipliers, rtol=0, atol=1e-9)
+
+
+def test_errors_of_curved_rows_and_proofs_by_cuts() -> None:
+    free = torch.full((2,), torch.inf)
+    line = CurvedProjection(lambda z: z[:1] - 1, torch.zeros(2), 0, -free, free)
+    p = torch.tensor([0.5, 0.0])
+    assert line._at(p, p, torch.zeros(1)).error == 0
+    # stationary, but with a multiplier on a row with slack
+    assert line._at(p, torch.zeros(2), torch.tensor([0.5])).error == pytest.approx(0.5)
+    # the nearest point to two cuts, in front of a row that lies below both there
+    ring = CurvedProjection(lambda z: 1 - z.square().sum()[None], torch.ones(2), 0, -free, free)
+    cuts = _Cuts(-torch.eye(2), -torch.ones(2), torch.zeros(2, dtype=torch.long), torch.ones(2))
+    at = ring._at(torch.zeros(2), torch.ones(2), torch.zeros(1))
+    assert ring._refined(torch.zeros(2), at, cuts) is None
+    corner = CurvedProjection(lambda z: (1 - z).amax()[None], torch.ones(2), 0, -free, free)
+    at = corner._at(torch.zeros(2), torch.ones(2), torch.zeros(1))
+    proved = corner._refined(torch.zeros(2), at, cuts)
+    assert proved is not None
+    torch.testing.assert_close(proved.z, torch.ones(2))
+    torch.testing.assert_close(proved.multiplier, torch.tensor([2.0]))
+
+
+def test_diagonal_steps_respect_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = torch.full((3,), torch.inf)
+    own, steps = CurvedProjection._diagonal_step, []
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        steps.append(1)
+        return own(self, *arguments)
+
+    monkeypatch.setattr(CurvedProjection, "_diagonal_step", counted)
+    low = torch.tensor([-0.2, -torch.inf, -torch.inf])
+    ball = CurvedProjection(lambda z: (z.square().sum() + 6 * z[0])[None], torch.zeros(3), 0, low, free)
+    # the ball about (-3, 0, 0) of radius 3: without the bound (-0.6, 1.8, 0)
+    z, multiplier, status, _ = ball.project(torch.tensor([1.0, 3.0, 0.0]), torch.zeros(1))
+    assert ball.diagonal
+    assert status is Status.CONVERGED
+    height = (9 - 2.8**2) ** 0.5
+    torch.testing.assert_close(z, torch.tensor([-0.2, height, 0.0]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(multiplier, torch.tensor([(3 / height - 1) / 2]), rtol=0, atol=1e-11)
+    assert len(steps) <= 8
+
+
+def test_a_repeated_call_solves_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    projection, _ = affine_case("equations and boxes", generator)
+    x, y = 2 * torch.randn(N, generator=generator), 2 * torch.randn(M, generator=generator)
+    found = projection.project(x, y, projection.start())
+    monkeypatch.delattr(RowProjection, "_system")
+    torch.testing.assert_close(joined(projection.project(x, y, found.multipliers)), joined(found), rtol=0, atol=1e-12)
 
 
 def test_the_apex_of_a_cone(generator: torch.Generator) -> None:

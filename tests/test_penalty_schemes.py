@@ -1,6 +1,6 @@
 """Every scheme of the penalty method, step by step against a second implementation on matrices."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -110,14 +110,18 @@ def test_resumed_runs_are_bitwise_the_same(name: str, size: int | None) -> None:
 @pytest.mark.parametrize(
     ("build", "error", "text"),
     [
-        (lambda: Penalty(scheme="F2SA"), TypeError, r"scheme must be an object such as bilevel.F2BA\(\), got 'F2SA'"),
+        (
+            lambda: Penalty(scheme=cast(Any, "F2SA")),
+            TypeError,
+            r"scheme must be an object such as bilevel.F2BA\(\), got 'F2SA'",
+        ),
         (lambda: Penalty(scheme=F3SA(), lower_steps=3), ValueError, "F3SA is a single loop: lower_steps must be 1"),
         (lambda: Penalty(scheme=SingleLoop(), lower_steps=2), ValueError, "SingleLoop is a single loop"),
         (lambda: Penalty(scheme=F2SA(), step_size=0.1), ValueError, r"step_size = 0.1 belongs to .*F2SA\(ratio"),
         (lambda: Penalty(scheme=F2SA(), extrapolate=True), ValueError, "extrapolate .* F2SA has a schedule"),
         (lambda: Penalty(step_size=-1.0), ValueError, "step_size must be positive, got -1.0"),
         (lambda: Penalty(bias_rtol=0.0), ValueError, "bias_rtol must be positive, got 0.0"),
-        (lambda: F2SA(noise="some"), ValueError, 'noise must be "none", "upper", "both" or None'),
+        (lambda: F2SA(noise=cast(Any, "some")), ValueError, 'noise must be "none", "upper", "both" or None'),
         (lambda: F3SA(offset=0.0), ValueError, "offset must be positive, got 0.0"),
         (lambda: Proximal(rho=-1.0), ValueError, "rho must be positive or None, got -1.0"),
         (lambda: SingleLoop(beta=1.5), ValueError, r"beta must lie in \(0, 1\], got 1.5"),
@@ -142,4 +146,6 @@ def test_the_noise_of_a_schedule_is_that_of_the_data() -> None:
             own.f, own.g, upper_data=bilevel.Batches(own.upper, up), lower_data=bilevel.Batches(own.lower, low)
         )
         for scheme in (F2SA(), F3SA()):
-            assert Penalty(scheme=scheme).resolve(problem, *reference.start()).scheme.noise == noise
+            found = Penalty(scheme=scheme).resolve(problem, *reference.start()).scheme
+            assert isinstance(found, F2SA | F3SA)
+            assert found.noise == noise

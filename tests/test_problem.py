@@ -49,7 +49,7 @@ DECLARATIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         TypeError,
         r"lower takes a batch, but lower_data is not declared",
     ),
-    (lambda: BilevelProblem(f, g, upper_set="box"), TypeError, r"upper_set must be a set from constrained, got str"),  # type: ignore[arg-type]
+    (lambda: BilevelProblem(f, g, upper_set="box"), TypeError, r"upper_set must be a set from constrained, got 'box'"),  # type: ignore[arg-type]
     (lambda: BilevelProblem(f, g, metrics={"m": 3}), TypeError, r"metrics\['m'\] must be a function"),  # type: ignore[dict-item]
     (lambda: BilevelProblem(f, g, strong_convexity=0.0), ValueError, r"strong_convexity must be positive"),
 ]

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from bilevel.algorithms.base import Algorithm, require_positive, require_positive_int
-from bilevel.algorithms.lv_hba_report import Verdict, judge
-from bilevel.algorithms.lv_hba_stages import Outcome, Stages
+from bilevel.algorithms.lv_hba_report import FEASIBLE, Verdict, judge
+from bilevel.algorithms.lv_hba_stages import Measured, Outcome, Stages
 from bilevel.algorithms.lv_hba_state import Iterate, LVHBAState, Positions, Work
 from bilevel.algorithms.minibatch import draw
 from bilevel.anderson import Anderson
 from bilevel.flat import FlatProblem
+from bilevel.joint_projection import JointPoint
 from bilevel.joint_scaling import joint_curvature, row_weights
+from bilevel.lower_level import solve_lower_level
 from bilevel.measure import draw_oracles
 from bilevel.oracle import Oracle, new_counts
 from bilevel.problem import BilevelProblem
@@ -67,12 +69,13 @@ class LVHBA(Algorithm[LVHBAState]):
     is solved once more at the extrapolated x and at the last one, and the better one that :func:`verify` accepts is the
     solution. Guarantee: BIAS, with the bias extrapolated away and the extrapolation error as tolerance.
 
-    Minibatches: both terms of ``f(x, y) - f(x, theta)`` see the same batch, steps shrink, c grows as ``(k+1)^(1/4)``,
-    and there is no acceleration and no test for convergence. This form is an extension without a theory.
+    Minibatches: both terms of ``f(x, y) - f(x, theta)`` see the same batch, steps shrink, c grows with every step, and
+    there is no acceleration, no extrapolation and no test for convergence, so that x keeps a bias of the order 1 / c.
+    This form is an extension without a theory, tried on small problems only.
 
     Args:
-        penalty: c_0; None means 1 on full data, 5 on minibatches.
-        exponent: p in ``c_k = c_0 (k + 1)^p`` within a stage; None means 0 on full data, 1/4 on minibatches.
+        penalty: c_0; None means 1 on full data, 3 on minibatches.
+        exponent: p in ``c_k = c_0 (k + 1)^p`` within a stage; None means 0 on full data, 0.45 on minibatches.
         growth: factor on c from stage to stage.
         stages: how many values of c are tried at most; None means 12 on full data (6 in float32), 1 on minibatches.
             Three at least are needed to converge.
@@ -119,7 +122,7 @@ class LVHBA(Algorithm[LVHBAState]):
     acceleration: int | None = None
     upper_curvature: float | None = None
     lower_curvature: float | None = None
-    decay: float | None = 200.0
+    decay: float | None = 2_000.0
 
     guarantee: ClassVar[str] = "BIAS"
     default_max_steps: ClassVar[int] = 20_000
@@ -161,8 +164,8 @@ class LVHBA(Algorithm[LVHBAState]):
         rho = 1.0 / max(self.proximal, self.dual_proximal)
         return replace(
             self,
-            penalty=self.penalty or (5.0 if batches else 1.0),
-            exponent=(0.25 if batches else 0.0) if self.exponent is None else self.exponent,
+            penalty=self.penalty or (3.0 if batches else 1.0),
+            exponent=(0.45 if batches else 0.0) if self.exponent is None else self.exponent,
             stages=self.stages or (1 if batches else 6 if half else 12),
             inner_step=self.inner_step or 1.8 * rho / (2.0 + 1.0 / min(self.proximal, self.dual_proximal)) ** 2,
             outer_step=self.outer_step or 0.2 / max(1.0, self.proximal, self.dual_proximal),
@@ -175,7 +178,7 @@ class LVHBA(Algorithm[LVHBAState]):
         )
 
     def init(self, problem: BilevelProblem, *start: Any, generator: torch.Generator | None = None) -> LVHBAState:
-        """The start projected onto C; theta begins at y, the multipliers at zero."""
+        """The start projected onto C, where the lower level is solved: y, theta and the multipliers begin there."""
         generator = generator or torch.Generator().manual_seed(0)
         origin = tree.clone((tree.detach(start[0]), tree.detach(start[1])))
         counts = new_counts()
@@ -183,12 +186,14 @@ class LVHBA(Algorithm[LVHBAState]):
         flat = work.flat
         near = work.projection.project(flat.flat_x(origin[0]), flat.flat_y(origin[1]), work.projection.start())
         weights = row_weights(flat, near.x, near.y)
-        point = torch.cat([near.x, near.y, near.y, torch.zeros_like(weights), torch.zeros_like(weights)])
+        y, lam = self._response(flat, weights, near)
+        point = torch.cat([near.x, y, y, lam, lam])
         zero = point.new_zeros(())
+        reach = torch.cat([lam, lam.new_zeros(1)]).abs().amax()
         upper, lower = problem.upper_data, problem.lower_data
         return LVHBAState(
             x=tree.clone(flat.x_tree(near.x)),
-            y=tree.clone(flat.y_tree(near.y)),
+            y=tree.clone(flat.y_tree(y)),
             generator=generator,
             counts=counts,
             origin=origin,
@@ -197,7 +202,7 @@ class LVHBA(Algorithm[LVHBAState]):
             weights=weights,
             duals=near.multipliers.clone(),
             projection_error=near.error,
-            radius=zero + self.radius,
+            radius=torch.clamp(2.0 * reach, min=self.radius),
             truncations=zero.clone(),
             damping=zero + 1.0,
             steepest=zero.clone(),
@@ -215,6 +220,17 @@ class LVHBA(Algorithm[LVHBAState]):
             ),
             work=work,
         )
+
+    def _response(self, flat: FlatProblem, weights: Tensor, near: JointPoint) -> tuple[Tensor, Tensor]:
+        """The lower solution at the start and its scaled multipliers; the start and zeros if that fails."""
+        blank = near.y, torch.zeros_like(weights)
+        if near.status in (Status.INFEASIBLE, Status.NONFINITE):
+            return blank
+        found = solve_lower_level(flat, near.x, near.y)
+        duals = torch.cat([found.multipliers.inequality, found.multipliers.equality])
+        if found.status is not Status.CONVERGED or flat.violation(near.x, found.y) > FEASIBLE:
+            return blank
+        return found.y.detach().clone(), duals / (weights * (self.lower_curvature or 1.0))
 
     @property
     def _anderson(self) -> Anderson:
@@ -240,7 +256,7 @@ class LVHBA(Algorithm[LVHBAState]):
         shrink = (1.0 + state.step / self.decay) ** -0.5 if batches and self.decay is not None else 1.0
         here = self._projected(work, state)
         image, values = self._image(work, oracle, state, here, c, state.damping * shrink)
-        self._move(work, state, here, image, shrink, compare=not batches)
+        self._move(work, state, here, image, values, shrink, compare=not batches)
         if (state.step + 1) % (self.check_every or 1) == 0 and not batches:
             self._look(state)
         return {
@@ -300,6 +316,7 @@ class LVHBA(Algorithm[LVHBAState]):
         lam_free = lam - eta * d_lam
         theta = self._in_y(work, theta_free)
         lam = self._in_z(work, state, lam_free)
+        slack = ((theta - here.theta).square().sum() + (lam - here.lam).square().sum()) / eta**2
 
         below, lagrangian_x = value_and_gradient(lambda p: lagrangian(p, theta, lam), x)
         parts: dict[str, Tensor] = {}
@@ -314,24 +331,39 @@ class LVHBA(Algorithm[LVHBAState]):
         d_y = joint_y - (y - theta) / self.proximal
         d_z = -(lam - z) / self.dual_proximal
         gap = parts["lower_value"].detach() - below - (theta - y).square().sum() / (2 * self.proximal)
+        gap = gap + (lam - z).square().sum() / (2 * self.dual_proximal)
+        upper = parts["upper_value"].detach()
+        parts_of_it = torch.stack([upper / scale_upper / c, below, parts["lower_value"].detach()])
+        rounding = ROUNDING * torch.finfo(x.dtype).eps * parts_of_it.abs().amax()
         values = {
-            "upper_value": parts["upper_value"].detach(),
-            "gap": gap + (lam - z).square().sum() / (2 * self.dual_proximal),
+            "upper_value": upper,
+            "gap": gap,
+            "merit": upper / scale_upper / c + gap,
+            "slack": slack + rounding,
         }
         image = torch.cat([x - alpha * d_x, y - alpha * d_y, theta_free, lam_free, z - beta * d_z])
         return image, values
 
     def _move(
-        self, work: Work, state: LVHBAState, here: Iterate, image: Tensor, shrink: float, *, compare: bool
+        self,
+        work: Work,
+        state: LVHBAState,
+        here: Iterate,
+        image: Tensor,
+        values: dict[str, Tensor],
+        shrink: float,
+        *,
+        compare: bool,
     ) -> None:
         """The next point: the acceleration's, or after a step that was too long the last good one, at half the step."""
         memory = state.anderson
         finite = torch.isfinite(image).all()
         steep = ~memory.extrapolated & (~finite | (self._steepness(state, here.flat, image) > STEEP) & compare)
         last = torch.where(memory.kept > 0, memory.images[-1] - memory.residuals[-1], state.point)
-        proposed, refused = self._anderson.advance(memory, state.point, image, finite)
+        proposed, refused = self._anderson.advance(memory, state.point, image, values["merit"], values["slack"])
         state.point = torch.where(steep, last, proposed)
-        state.damping = torch.where(steep, 0.5 * state.damping, state.damping)
+        if compare:  # a bad minibatch says nothing about the steps
+            state.damping = torch.where(steep, 0.5 * state.damping, state.damping)
         state.comparable = ~steep
         self._anderson.forget(memory, steep)
         state.refused = torch.where(finite, 0.0, state.refused + 1.0)
@@ -363,9 +395,10 @@ class LVHBA(Algorithm[LVHBAState]):
         """On the host, now and then: the next stage, longer steps again."""
         eps = float(torch.finfo(state.point.dtype).eps)
         image = state.anderson.images[-1]
-        surrogate, damping, steepest, c, size, pair = torch.stack(
+        surrogate, merit, damping, steepest, c, size, pair = torch.stack(
             [
                 state.surrogate,
+                state.anderson.merit,
                 state.damping,
                 state.steepest,
                 state.stages.penalty,
@@ -377,7 +410,8 @@ class LVHBA(Algorithm[LVHBAState]):
         tolerance = 0.01 * (self.rtol or 0.0) * (1.0 + pair) / c + ROUNDING * eps * (1.0 + size)
         everywhere = torch.ones_like(state.comparable)
         n, m = tree.size(state.x), tree.size(state.y)
-        moved = self._stages.look(state.stages, state.accepted, image, surrogate <= tolerance, state.step + 1, n, m)
+        measured = Measured(residual=surrogate, tolerance=tolerance, merit=merit)
+        moved = self._stages.look(state.stages, state.accepted, image, state.step + 1, n, m, measured)
         if moved is not None:
             state.point = moved
         if moved is not None or (damping < 1.0 and steepest < GENTLE):

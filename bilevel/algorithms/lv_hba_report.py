@@ -9,12 +9,18 @@ from torch import Tensor
 from bilevel.algorithms.lv_hba_stages import Outcome, StagesState
 from bilevel.flat import FlatProblem
 from bilevel.nearest_response import Response, respond
+from bilevel.singular_hypergradient import singular_hypergradient
 from bilevel.solution import Accuracy
 from bilevel.verify import Verification, verify
 from implicit import Status
+from implicit.derivatives import value_and_gradients
 from implicit.tree import Tree
 
 FEASIBLE = 1e-6
+STEEP = 1e-3
+"""A measured stationarity beyond this fraction of the gradient of the upper objective is looked into."""
+REACH = 1e-3
+"""Length of the step that looks, relative to the size of (x, y)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,7 @@ def judge(
         lower_kkt=best.lower.residual,
         notes=(*flat.notes, *(() if checked is None else checked.notes)),
     )
-    status, message = _decide(status, best, checked, stages, ends[0], rtol)
+    status, message = _decide(flat, status, best, checked, stages, ends[0], rtol, curvature)
     return Verdict(response=best, multipliers=multipliers, accuracy=accuracy, status=status, message=message)
 
 
@@ -71,12 +77,14 @@ def _rank(response: Response) -> tuple[float, float]:
 
 
 def _decide(
+    flat: FlatProblem,
     status: Status,
     best: Response,
     checked: Verification | None,
     stages: StagesState,
     limit: tuple[Tensor, Tensor],
     rtol: float,
+    curvature: float,
 ) -> tuple[Status, str]:
     c = float(stages.penalty)
     found = f"after {stages.step} values of c, the last {c:.3g}, the extrapolated (x, y) changed by {stages.change:.3g}"
@@ -85,7 +93,13 @@ def _decide(
             return status, f"the iterates left for infinity at every c up to {c:.3g}; raise penalty"
         if not math.isfinite(stages.change):
             return status, "fewer than three values of c give no estimate of the bias; raise stages or max_steps"
-        return status, f"{found}, above the tolerance; raise stages or stage_steps, or start elsewhere"
+        allowed = rtol * (1.0 + float(torch.linalg.vector_norm(torch.cat(limit))))
+        if stages.change <= allowed < stages.apart:
+            return status, (
+                f"{found}, but y stays {stages.apart:.3g} away from a lower solution: constraints hold (x, y) there, "
+                "or the lower level is not convex or has no multipliers; start elsewhere"
+            )
+        return status, f"{found}, where {allowed:.3g} is asked for; raise stages or stage_steps, or start elsewhere"
     if checked is None:
         return status, status.value
     if not checked.accepted:
@@ -97,14 +111,48 @@ def _decide(
             f"{found}, but solving the lower level again moved it by {moved:.3g}: the lower level is not convex, or "
             "has solutions between which the upper level does not decide"
         )
-    return status, f"{found}; bias {stages.bias:.3g} at the last c, extrapolated; verified"
+    slope = checked.stationarity
+    steep = slope is not None and slope > max(STEEP * _size_of_gradient(flat, best), _negligible(best, size))
+    if steep and _descends(flat, best, size, curvature):
+        return Status.STALLED, (
+            f"{found}, and the point is bilevel feasible, but not stationary for the upper level (stationarity "
+            f"{slope:.3g}): where constraints become active, penalised problems have saddle points that are none of "
+            "the problem itself; start elsewhere, or use KKTRelaxation or Penalty"
+        )
+    message = f"{found}; bias {stages.bias:.3g} at the last c, extrapolated; verified"
+    if steep:
+        message += f"; F has a kink there: stationarity {slope:.3g}, and no descent along it"
+    return status, message
+
+
+def _descends(flat: FlatProblem, best: Response, size: float, curvature: float) -> bool:
+    """Whether F falls along its hypergradient as far as a tenth of what that promises; at a kink it does not."""
+    found = singular_hypergradient(flat.problem, flat.x_tree(best.x), flat.y_tree(best.y))
+    h = flat.flat_x(found.value)
+    reach = REACH * size / torch.linalg.vector_norm(h)
+    x = flat.flat_x(flat.problem.upper_set.project(flat.x_tree(best.x - reach * h)))
+    there = respond(flat, x, best.y, curvature=curvature)
+    return there.violation <= FEASIBLE and there.upper < best.upper - 0.1 * float(h @ (best.x - x))
+
+
+def _size_of_gradient(flat: FlatProblem, best: Response) -> float:
+    _, in_x, in_y = value_and_gradients(flat.upper, best.x, best.y)
+    return float(torch.linalg.vector_norm(torch.cat([in_x, in_y])))
+
+
+def _negligible(best: Response, size: float) -> float:
+    """A slope along which F changes by a relative 1e-4 over the size of the point."""
+    return 1e-4 * (1.0 + abs(best.upper)) / size
 
 
 def _failed(flat: FlatProblem, end: tuple[Tensor, Tensor], status: Status) -> Verdict:
     violation = flat.violation(*end)
     if status is Status.INFEASIBLE:
+        convex = flat.upper_level.affine and flat.lower_level.affine
         message = (
-            f"no (x, y) satisfies all sets and constraints; the least infeasible one violates them by {violation:.3g}"
+            f"no (x, y) {'satisfies' if convex else 'was found that satisfies'} all sets and constraints; the least "
+            f"infeasible one violates them by {violation:.3g}"
+            + ("" if convex else "; the search is local where constraints are not convex: start elsewhere")
         )
     else:
         message = f"{status.value}; not measured after a numerical failure"

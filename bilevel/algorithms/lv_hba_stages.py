@@ -8,9 +8,13 @@ from torch import Tensor
 
 from implicit import State
 
-KEPT = 3
+KEPT = 4
 FAR = 1e6
 """A run that is so many times as far away as it began has left for infinity: F / c was stronger than f - v there."""
+EARLY = 0.1
+"""Two extrapolations of first order may agree by chance; they must agree so much better."""
+PATIENCE = 500
+LITTLE = 1e-3
 
 
 class Outcome(enum.IntEnum):
@@ -29,12 +33,14 @@ class StagesState(State):
     Attributes:
         penalty: c_0 of the current stage.
         began: the step at which it began.
+        marked: the step of the last comparison of merit and residual, which are ``mark``.
         home: the start, to which a run that diverged returns.
-        ended: the ends of the last three stages, newest last: the projected point and then its image.
+        ended: the ends of the last four stages, newest last: the projected point and then its image.
         settled: whether each of them reached its fixed point.
         outcome: an :class:`Outcome`.
         change: distance of the last two extrapolations of (x, y).
         bias: distance of (x, y) at the end of the last stage from the extrapolation.
+        apart: distance of y and theta in the extrapolation.
     """
 
     penalty: Tensor
@@ -43,18 +49,31 @@ class StagesState(State):
     ended: Tensor
     settled: list[int] = field(default_factory=list)
     outcome: int = 0
+    marked: int = 0
+    mark: list[float] = field(default_factory=list)
     change: float = float("inf")
     bias: float = float("inf")
+    apart: float = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Residual of the fixed point, what it must not exceed, and the merit there."""
+
+    residual: float
+    tolerance: float
+    merit: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
     """When c grows, and when the run is over.
 
-    The fixed point of a stage differs from the limit by ``a / c + O(1 / c^2)`` as long as the active constraints stay,
-    so that of the ends s_1, s_2, ... of consecutive stages ``(growth s_2 - s_1) / (growth - 1)`` is free of the first
-    term. The run has converged when that changes by at most the tolerance from one stage to the next and its theta
-    meets y, which says that y solves the lower level: constraints may hold (x, y) in place while c is too small.
+    The fixed point of a stage differs from the limit by ``a / c + b / c^2 + ...`` as long as the active constraints
+    stay, so that of the ends s_1, s_2 of consecutive stages ``(growth s_2 - s_1) / (growth - 1)`` is free of the first
+    term, and three ends give an extrapolation free of the second. The run has converged when that changes by at most
+    the tolerance from one stage to the next and its theta meets y, which says that y solves the lower level:
+    constraints may hold (x, y) in place while c is too small.
 
     Args:
         growth: factor on c.
@@ -76,23 +95,27 @@ class Stages:
         )
 
     def look(
-        self, state: StagesState, point: Tensor, end: Tensor, settled: bool, step: int, n: int, m: int
+        self, state: StagesState, point: Tensor, end: Tensor, step: int, n: int, m: int, measured: "Measured"
     ) -> Tensor | None:
         """End the stage if it is over; returns the point at which the next one begins, not projected.
+
+        A stage is over at its fixed point, after ``steps``, or where neither merit nor residual has improved for
+        :data:`PATIENCE` steps.
 
         Args:
             state: updated.
             point: the current point, projected.
             end: its image, not projected.
-            settled: whether it is the fixed point.
             step: steps done.
             n, m: sizes of x and y, which lead in the point; theta follows.
+            measured: of the current point.
         """
         if Outcome(state.outcome) is not Outcome.RUNNING:
             return None
         if float(torch.linalg.vector_norm(end)) > FAR * (1.0 + float(torch.linalg.vector_norm(state.home))):
             return self._home(state, step)
-        if not settled and step - state.began < self.steps:
+        settled = measured.residual <= measured.tolerance
+        if not settled and step - state.began < self.steps and not _stagnates(state, step, measured):
             return None
         state.step += 1
         state.ended = torch.cat([state.ended[1:], torch.cat([point, end])[None]])
@@ -110,22 +133,27 @@ class Stages:
 
     def limit(self, state: StagesState) -> Tensor | None:
         """The extrapolation ``c -> inf`` from the last two or three fixed points; None where there are none."""
-        q, usable = self.growth, 0
+        found = self._limits(state)
+        return found[-1] if found else None
+
+    def _limits(self, state: StagesState) -> list[Tensor]:
+        """Extrapolations, the last one last: of second order where three fixed points in a row are there."""
+        usable = 0
         for flag in reversed(state.settled):
             if not flag:
                 break
             usable += 1
-        if usable < 2:
-            return None
-        first = _extrapolated(state.ended[-2], state.ended[-1], q)
+        ends = list(state.ended[KEPT - usable :])
+        first = [_extrapolated(ends[k], ends[k + 1], self.growth) for k in range(usable - 1)]
         if usable < KEPT:
             return first
-        return _extrapolated(_extrapolated(state.ended[-3], state.ended[-2], q), first, q * q)
+        return [_extrapolated(first[k], first[k + 1], self.growth**2) for k in range(usable - 2)]
 
     def _converged(self, state: StagesState, n: int, m: int) -> bool:
-        if len(state.settled) < KEPT:
+        limits = self._limits(state)
+        if len(limits) < 2:
             return False
-        before, limit = (_extrapolated(state.ended[k], state.ended[k + 1], self.growth) for k in (0, 1))
+        before, limit = limits[-2:]
         pair, theta = slice(0, n + m), slice(n + m, n + 2 * m)
         own = slice(n, n + m)
         change, bias, size, apart = torch.stack(
@@ -136,13 +164,15 @@ class Stages:
                 torch.linalg.vector_norm(limit[own] - limit[theta]),
             ]
         ).tolist()
-        state.change, state.bias = change, bias
+        state.change, state.bias, state.apart = change, bias, apart
         allowed = max(self.atol, self.rtol * (1.0 + size))
-        return all(state.settled) and change <= allowed and apart <= 10.0 * allowed
+        strict = 1.0 if len(state.settled) == KEPT else EARLY
+        return change <= strict * allowed and apart <= 10.0 * allowed
 
     def _raise(self, state: StagesState, step: int) -> None:
         state.penalty = self.growth * state.penalty
-        state.began = step
+        state.began = state.marked = step
+        state.mark = []
 
     def _home(self, state: StagesState, step: int) -> Tensor | None:
         """Back to the start with a larger c."""
@@ -153,6 +183,14 @@ class Stages:
             return None
         self._raise(state, step)
         return state.home
+
+
+def _stagnates(state: StagesState, step: int, measured: Measured) -> bool:
+    if state.mark and step - state.marked < PATIENCE:
+        return False
+    now = [measured.merit, measured.residual]
+    before, state.mark, state.marked = state.mark, now, step
+    return bool(before) and now[0] > before[0] - LITTLE * abs(now[0]) and now[1] > 0.5 * before[1]
 
 
 def _extrapolated(before: Tensor, after: Tensor, factor: float) -> Tensor:

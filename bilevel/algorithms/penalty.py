@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from bilevel.algorithms import penalty_report
 from bilevel.algorithms.base import Algorithm, BilevelState, require_positive, require_positive_int
@@ -193,9 +194,7 @@ class Penalty(Algorithm[PenaltyState]):
         warm, x_next, rule = self._step_of_x(problem, state, move)
         residual = tree.norm(tree.sub(state.x, problem.upper_set.project(tree.sub(state.x, move.gradient))))
         updates = {"x": x_next, "y": move.y, "z": move.z, "extra": move.extra}
-        # An average that was very negative once takes long to forget it: z has to be lost now, too.
-        lost = ~(gap >= 0) if move.gap is None else ~(gap >= 0) & ~(move.gap >= 0)
-        flag = commit(state, state.inner, rule, updates, lost)
+        flag = commit(state, state.inner, rule, updates, self._lost(move, gap))
         # A refused step must leave no trace: a momentum of 1e150 would last forever.
         state.inner.momentum = tree.where(flag, warm, tree.zeros_like(warm))
         state.gap = torch.where(flag, gap, 0.0)
@@ -210,6 +209,14 @@ class Penalty(Algorithm[PenaltyState]):
             self._settled(problem, state)
         shown = {"stationarity": state.surrogate, "step_length": state.inner.path.length, "penalty": state.penalty}
         return {**move.values, **shown}
+
+    @staticmethod
+    def _lost(move: Move, gap: Tensor) -> Tensor:
+        """Whether y and z have lost track of x: z by the gap (where y = z nobody has), single loops by their drift."""
+        lost = ~(gap >= 0)
+        if move.gap is not None:
+            lost = lost & (move.gap != 0)
+        return lost if move.behind is None else lost | move.behind
 
     def _step_of_x(
         self, problem: BilevelProblem, state: PenaltyState, move: Move

@@ -114,6 +114,7 @@ class Move:
         curvature: the new estimate of L_g.
         gap: ``p (g(x, y) - g(x, z))``, where a negative one tells that z has lost track; None where it does not.
         drift: how far the prox iterates stand from their centres, as an error of G.
+        behind: whether the lower iterates are known to lag so far that G is mostly their error.
         length: length of the plain step of x; None leaves it to ``step_size``.
         penalty: the penalty that G was made with.
     """
@@ -127,6 +128,7 @@ class Move:
     extra: dict[str, Tree] = field(default_factory=dict)
     gap: Tensor | None = None
     drift: Tensor | None = None
+    behind: Tensor | None = None
     length: float | Tensor | None = None
 
 

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from bilevel.algorithms.penalty import Penalty
 
 
+LAG = 10.0
+"""Lower residuals times p, in units of the norm of G, beyond which x waits for w and u: one inner step cannot follow
+the steps that a double loop can. On the case ``quadratic``, 10 took 1,560 steps, 3 over 3,000."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SingleLoop(Scheme):
     """Algorithm 2 of Kwon et al.: T = 1, the prox iterates w and u carried over, every oracle a :class:`Storm`
@@ -89,14 +94,16 @@ class SingleLoop(Scheme):
         values = oracle.report(p)
         moved = (tree.sub(w, point[1]), tree.sub(u, point[2]))
         drift = p / gamma * (tree.norm(moved[0]) + tree.norm(moved[1]))
+        gradient = penalty_storm.combine(p, outer)
         return Move(
             y=tree.axpy(self.beta, tree.sub(w, state.y), state.y),
             z=tree.axpy(self.beta, tree.sub(u, state.z), state.z),
-            gradient=penalty_storm.combine(p, outer),
+            gradient=gradient,
             values=values,
             curvature=curvature,
             penalty=p,
             gap=values["penalty_gap"],
             drift=drift + prox_drift(p, self.rho, tree.sub(w, state.y), tree.sub(u, state.z)),
+            behind=None if problem.stochastic else drift > LAG * tree.norm(gradient),
             extra={"w": w, "u": u, "probe": probe} | penalty_storm.keep(storm, inner, outer, point),
         )

@@ -67,7 +67,7 @@ class RowProjection:
             upper=upper[structure.order],
         )
         finite = self.program.lower.isfinite() | self.program.upper.isfinite()
-        self._bounded, self._own_bounded = bool(finite.any()), bool(finite[structure.width :].any())
+        self._bounded = bool(finite.any())
         self._nowhere = torch.zeros_like(finite)
         self._gram: Tensor | None = None
         self._kept: tuple[Tensor, Tensor, RowSystem] | None = None
@@ -98,8 +98,8 @@ class RowProjection:
         target, z, gap = self._evaluate(point, multiplier)
         best = Projected(z, multiplier, self._error(gap, multiplier, scale))
         while best.error > goal and steps < max_steps:
-            sets = self._sets(target, gap, multiplier) if sets is None else sets
-            if self._own_bounded or bool((multiplier * ~sets.working).any()):
+            given, sets = sets is not None, sets or self._sets(target, gap, multiplier)
+            if given or bool((multiplier * ~sets.working).any()):  # else z and gap are those of the sets
                 multiplier = multiplier * sets.working
                 target = point - rows.pull(multiplier)
                 fixed = torch.where(sets.low, self.program.lower, target)
@@ -136,14 +136,7 @@ class RowProjection:
             working = working | self.program.equation
         if not self._bounded:
             return Sets(working, self._nowhere, self._nowhere)
-        low, high = target <= self.program.lower, target >= self.program.upper
-        if self._own_bounded:
-            # A row just violated moves those of its own columns that a bound keeps from helping.
-            rows = self.program.rows
-            newly = rows.repeated((multiplier <= 0) & (gap > 0))
-            low[rows.width :] &= ~(newly & (rows.own < 0))
-            high[rows.width :] &= ~(newly & (rows.own > 0))
-        return Sets(working, low, high)
+        return Sets(working, target <= self.program.lower, target >= self.program.upper)
 
     def _system(self, sets: Sets) -> RowSystem:
         """The factored system of some active sets; the last one is kept."""
@@ -151,7 +144,7 @@ class RowProjection:
         if kept is not None and torch.equal(kept[0], sets.working) and torch.equal(kept[1], free):
             return kept[2]
         rows = self.program.rows
-        if self._gram is None and not len(rows.own):
+        if self._gram is None and (rows.width >= len(self.program.d) or not len(rows.own)):
             self._gram = rows.shared @ rows.shared.mT
         system = RowSystem(rows, free, None, sets.working, self._gram)
         self._kept = (sets.working, free, system)

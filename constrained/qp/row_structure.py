@@ -25,17 +25,11 @@ class RowStructure:
 
     @classmethod
     def of(cls, index: Tensor, values: Tensor, shape: Sequence[int]) -> "RowStructure":
-        """From the nonzero entries: their rows and columns, ``(2, entries)``, and values, in any order.
-
-        Own columns are kept apart only where that pays: where fewer columns are shared than rows have own ones.
-        """
+        """From the nonzero entries: their rows and columns, ``(2, entries)``, and values, in any order."""
         rows, n = shape
         row, column = index
         count = torch.bincount(column, minlength=n)
         single = count[column] == 1
-        helped = torch.bincount(row[single], minlength=rows) > 0
-        if int((count > 1).sum()) > int(helped.sum()):
-            single = torch.zeros_like(single)
         place = torch.zeros_like(count)
         place[column[~single]] = 1
         shared_at = place.nonzero()[:, 0]

@@ -1,0 +1,96 @@
+"""Breaks one line of LV-HBA at a time and asserts that a check of its own tests notices.
+
+The lines are those that toy implementations get wrong, each with the problem that shows it.
+"""
+
+import pytest
+
+import bilevel
+from tests import lv_hba_checks as checks
+from tests.mutation import mutated
+
+ITERATION = "bilevel.algorithms.lv_hba"
+PROJECTED = "return Iterate(\n            near.x, near.y, self"
+NOT_PROJECTED = "return Iterate(\n            pair[: work.flat.n], pair[work.flat.n :], self"
+
+MUTATIONS = {
+    "lambda of inequalities not projected": ("multipliers[:p].clamp(min=0.0)", "multipliers[:p]", checks.inactive),
+    "lambda of equations restricted in sign": (
+        "torch.maximum(multipliers[p:], -state.radius)",
+        "multipliers[p:].clamp(min=0.0)",
+        checks.equation,
+    ),
+    "z frozen": ("z - beta * d_z]", "z]", checks.active),
+    "lambda descends": ("lam - eta * d_lam", "lam + eta * d_lam", checks.inactive),
+    "d_lambda without its proximal term": (
+        "d_lam = -rows[0].detach() + (lam - z) / self.dual_proximal",
+        "d_lam = -rows[0].detach()",
+        checks.directions,
+    ),
+    "theta without its proximal term": (
+        "d_theta = slope + (theta - y) / self.proximal",
+        "d_theta = slope",
+        checks.directions,
+    ),
+    "theta not projected onto Y": (
+        "return torch.minimum(torch.maximum(theta, level.lower), level.upper)",
+        "return theta",
+        checks.bounds,
+    ),
+    "d_x without lambda grad g": (
+        "value_and_gradient(lambda p: lagrangian(p, theta, lam), x)",
+        "value_and_gradient(lambda p: lagrangian(p, theta, 0.0 * lam), x)",
+        checks.active,
+    ),
+    "d_x with the wrong sign": ("d_x = joint_x - lagrangian_x", "d_x = joint_x + lagrangian_x", checks.active),
+    "d_x without grad_x f(x, theta)": (
+        "d_x = joint_x - lagrangian_x",
+        "d_x = joint_x - lagrangian_x + value_and_gradient(lambda p: lower(p, theta) + 0.0 * p.sum(), x)[1]",
+        checks.bounds,
+    ),
+    "d_y with the wrong sign": ("d_y = joint_y - (y - theta)", "d_y = joint_y + (y - theta)", checks.inactive),
+    "d_y with lambda grad g": (
+        "d_y = joint_y - (y - theta) / self.proximal",
+        "d_y = joint_y - (y - theta) / self.proximal"
+        " + value_and_gradient(lambda q: lam @ work.rows(weights, x, q), y)[1]",
+        checks.active,
+    ),
+    "d_z with the wrong sign": ("d_z = -(lam - z)", "d_z = (lam - z)", checks.polyhedral),
+    "F times c": (
+        'parts["upper_value"] / scale_upper / c + ',
+        'parts["upper_value"] / scale_upper * c + ',
+        checks.inactive,
+    ),
+    "no projection onto C": (PROJECTED, NOT_PROJECTED, checks.active),
+    "x not updated": ("x - alpha * d_x, y - alpha", "x, y - alpha", checks.active),
+    "multipliers reported in scaled units": (
+        "return verdict.multipliers if verdict is not None else {}",
+        "return {k: v * self.lower_curvature for k, v in verdict.multipliers.items()}",
+        checks.scaled,
+    ),
+    "rows not scaled": (
+        "weights = row_weights(flat, near.x, near.y)",
+        "weights = torch.ones_like(row_weights(flat, near.x, near.y))",
+        checks.large_rows,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_line_is_noticed(name: str) -> None:
+    old, new, check = MUTATIONS[name]
+    with mutated(ITERATION, old, new) as broken, pytest.raises((AssertionError, bilevel.SolveError)):
+        check(broken.LVHBA)
+
+
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+def test_the_real_one_passes(check: checks.Check) -> None:
+    check(bilevel.LVHBA)
+
+
+def test_equivalent_lines_are_not_called_broken() -> None:
+    """Directions at the old theta and lambda have the same fixed point; no check may depend on which are used."""
+    old = "        below, lagrangian_x = value_and_gradient(lambda p: lagrangian(p, theta, lam), x)\n"
+    with mutated(ITERATION, old, "        theta, lam = here.theta, here.lam\n" + old) as changed:
+        checks.active(changed.LVHBA)
+        checks.polyhedral(changed.LVHBA)
