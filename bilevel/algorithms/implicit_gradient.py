@@ -25,6 +25,7 @@ from bilevel.accuracy import (
 )
 from bilevel.algorithms.base import Algorithm, BilevelState, require_positive, require_positive_int
 from bilevel.algorithms.kept import DEFAULT_SIZE, KeptLower, KeptLowerState, Reused, preconditioned, takes_factor
+from bilevel.algorithms.lower_optimality import better_response
 from bilevel.algorithms.minibatch import MinibatchState, init_minibatch, soba_step
 from bilevel.measure import measure_curvature
 from bilevel.oracle import Oracle
@@ -424,6 +425,8 @@ class ImplicitGradient(Algorithm[ImplicitGradientState]):
         if status is Status.CONVERGED and not measured <= 2.0 * limit:
             message = f"the hypergradient measured again is {measured:.3g}, above the tolerance {limit:.3g}"
             return accuracy, Status.STALLED, message + used
+        if status is Status.CONVERGED and (reason := better_response(problem, state.x, state.y)) is not None:
+            return accuracy, Status.STALLED, f"not verified: {reason}"
         if status is Status.CONVERGED:
             return accuracy, status, f"stationarity {accuracy.stationarity:.3g}, tolerance {limit:.3g}{used}"
         return accuracy, status, status.value + used

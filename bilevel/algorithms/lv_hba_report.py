@@ -92,7 +92,10 @@ def _decide(
         if Outcome(stages.outcome) is Outcome.DIVERGED:
             return status, f"the iterates left for infinity at every c up to {c:.3g}; raise penalty"
         if not math.isfinite(stages.change):
-            return status, "fewer than three values of c give no estimate of the bias; raise stages or max_steps"
+            return status, (
+                f"after {stages.step} values of c, the last {c:.3g}, no three in a row reached their fixed points, so "
+                "that the bias is not known; raise stages or stage_steps"
+            )
         allowed = rtol * (1.0 + float(torch.linalg.vector_norm(torch.cat(limit))))
         if stages.change <= allowed < stages.apart:
             return status, (
@@ -106,7 +109,7 @@ def _decide(
         return Status.STALLED, f"{found}, but the point is not verified: {checked.reasons[0]}"
     moved = float(torch.linalg.vector_norm(torch.cat([best.x - limit[0], best.y - limit[1]])))
     size = 1.0 + float(torch.linalg.vector_norm(torch.cat(limit)))
-    if moved > 100.0 * rtol * size:
+    if moved > 10.0 * rtol * size:
         return Status.STALLED, (
             f"{found}, but solving the lower level again moved it by {moved:.3g}: the lower level is not convex, or "
             "has solutions between which the upper level does not decide"

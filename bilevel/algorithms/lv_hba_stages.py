@@ -123,7 +123,7 @@ class Stages:
         if self._converged(state, n, m):
             state.outcome = int(Outcome.CONVERGED)
             return None
-        if state.step >= self.count:
+        if state.step >= self.count or self._stands(state, n + m):
             state.outcome = int(Outcome.EXHAUSTED)
             return None
         self._raise(state, step)
@@ -169,6 +169,14 @@ class Stages:
         strict = 1.0 if len(state.settled) == KEPT else EARLY
         return change <= strict * allowed and apart <= 10.0 * allowed
 
+    def _stands(self, state: StagesState, size: int) -> bool:
+        """Whether two stages in a row ended at the same (x, y) without reaching their fixed points: more will not."""
+        if len(state.settled) < 2 or any(state.settled[-2:]):
+            return False
+        before, after = state.ended[-2][:size], state.ended[-1][:size]
+        moved, length = torch.linalg.vector_norm(after - before), torch.linalg.vector_norm(after)
+        return bool(moved <= max(self.atol, self.rtol * (1.0 + float(length))))
+
     def _raise(self, state: StagesState, step: int) -> None:
         state.penalty = self.growth * state.penalty
         state.began = state.marked = step
@@ -190,7 +198,7 @@ def _stagnates(state: StagesState, step: int, measured: Measured) -> bool:
         return False
     now = [measured.merit, measured.residual]
     before, state.mark, state.marked = state.mark, now, step
-    return bool(before) and now[0] > before[0] - LITTLE * abs(now[0]) and now[1] > 0.5 * before[1]
+    return bool(before) and now[0] >= before[0] - LITTLE * abs(now[0]) and now[1] > 0.5 * before[1]
 
 
 def _extrapolated(before: Tensor, after: Tensor, factor: float) -> Tensor:

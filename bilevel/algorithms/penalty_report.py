@@ -3,19 +3,16 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from bilevel.accuracy import (
     QUICK,
     SAFETY,
     assess_implicit,
     distance_budget,
     distance_to_solution,
-    lowest_curvature,
     saddle_note,
     stationarity,
-    twice_differentiable,
 )
+from bilevel.algorithms.lower_optimality import bends_down
 from bilevel.algorithms.penalty_bias import ExactPenalty, Measured, kink, measure
 from bilevel.algorithms.penalty_scheme import PenaltyState
 from bilevel.oracle import Oracle, new_counts
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 VERIFIABLE = 64
 """Up to this many entries of y :func:`bilevel.verify` is asked before convergence is claimed; beyond, where the lower
 level shows negative curvature around y."""
-NEIGHBOURS = 2
 FAR = 0.5
 """Estimated distances to the solution beyond this fraction of the size of x contradict convergence."""
 
@@ -132,7 +128,7 @@ def _judge(
         message = f"x is still some {accuracy.distance:.3g} away from the solution that its slope and curvature predict"
         return accuracy, Status.STALLED, f"{message}; lower rtol"
     small = tree.size(state.y) <= VERIFIABLE
-    if small or _bends_down(problem, state):
+    if small or bends_down(problem, state.x, state.y):
         checked = verify(problem, state.x, state.y, starts=5 if small else 2)
         accuracy = replace(accuracy, optimality_gap=checked.optimality_gap)
         if not checked.accepted:
@@ -145,18 +141,6 @@ def _judge(
         Status.CONVERGED,
         f"{what} {p:.3g}, tolerance {limit:.3g}; hypergradient bias {accuracy.bias:.3g}",
     )
-
-
-def _bends_down(problem: BilevelProblem, state: PenaltyState) -> bool:
-    """Whether g_yy has a negative eigenvalue at points around y, as far as some Lanczos products tell."""
-    oracle = Oracle.full(problem, new_counts())
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(NEIGHBOURS):
-        noise = tree.randn_like(state.y, generator)
-        near = tree.map(lambda y, e: y + (1.0 + y.abs()) * e, state.y, noise)
-        if twice_differentiable(oracle, state.x, near) and lowest_curvature(oracle.graph(state.x, near)) < 0:
-            return True
-    return False
 
 
 def _biased(found: Measured, target: float, p: float) -> str:
