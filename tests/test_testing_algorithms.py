@@ -33,11 +33,16 @@ def rows() -> list[Any]:
     return found
 
 
+OWN_CHECKS = {"LVHBA", "KKTRelaxation"}
+"""Their modules test counts, resumption and refusals; check_algorithm compares minibatch and float32 runs as well, which
+KKTRelaxation refuses and LVHBA answers with a bias."""
+
+
 def test_whatever_is_exported_is_in_the_table() -> None:
     found = {name: getattr(bilevel, name) for name in bilevel.__all__}
     base = bilevel.Algorithm
     classes = {n for n, c in found.items() if inspect.isclass(c) and issubclass(c, base) and not inspect.isabstract(c)}
-    assert classes == set(ALGORITHMS)
+    assert classes == set(ALGORITHMS) | OWN_CHECKS
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
