@@ -34,7 +34,7 @@ def rows() -> list[Any]:
 
 
 OWN_CHECKS = {"LVHBA", "KKTRelaxation"}
-"""Their modules test counts, resumption and refusals; check_algorithm compares minibatch and float32 runs as well, which
+"""Their modules test counts, resumption and refusals; check_algorithm compares minibatch and float32 runs too, which
 KKTRelaxation refuses and LVHBA answers with a bias."""
 
 
