@@ -86,10 +86,8 @@ class _Cuts:
         new = (at.values > 0).nonzero()[:, 0]
         new = new[new >= equalities]
         J = at.structure.dense()[new]
-        side, force = (
-            torch.cat([self.side, J @ at.z - at.values[new]]),
-            torch.cat([self.force, at.values.new_zeros(len(new))]),
-        )
+        side = torch.cat([self.side, J @ at.z - at.values[new]])
+        force = torch.cat([self.force, at.values.new_zeros(len(new))])
         return _Cuts(torch.cat([self.matrix, J]), side, torch.cat([self.owner, new]), force)
 
     def projection(self, equalities: int, lower: Tensor, upper: Tensor) -> RowProjection:
@@ -147,7 +145,11 @@ class CurvedProjection:
         self.diagonal = self._is_diagonal() if diagonal is None else diagonal
 
     def project(self, point: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor, Status, float]:
-        """The nearest point, multipliers, status and error; from the multipliers of a projection nearby, or zeros."""
+        """The nearest point, multipliers, status and error; from the multipliers of a projection nearby, or zeros.
+
+        INFEASIBLE is what :class:`constrained.InteriorPoint` reports at a stationary point of the squared violation,
+        which for convex rows is its least value; no certificate is computed.
+        """
         good = accuracy(point.dtype) ** 0.7
         start = self._clip(point)
         best = self._correct(point, start, multiplier)
@@ -258,17 +260,17 @@ class CurvedProjection:
         found = constrained.solve_qp(
             H,
             here.z - point,
-            A=J[:q] if q else None,
-            b=-here.values[:q] if q else None,
-            G=J[q:] if q < len(J) else None,
-            h=-here.values[q:] if q < len(J) else None,
+            A=J[:q],
+            b=-here.values[:q],
+            G=J[q:],
+            h=-here.values[q:],
             lower=self.lower - here.z,
             upper=self.upper - here.z,
             raise_on_failure=False,
         )
         if not found.success:
             return None
-        return self._clip(here.z + found.x), torch.cat([found.equality[:q], found.inequality[: len(J) - q]])
+        return self._clip(here.z + found.x), torch.cat([found.equality, found.inequality])
 
     def _diagonal_step(self, point: Tensor, here: _Iterate, metric: Tensor) -> tuple[Tensor, Tensor] | None:
         root = metric.sqrt()

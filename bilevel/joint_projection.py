@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,17 +28,35 @@ class JointPoint:
         x, y: the nearest pair, ``(n,)`` and ``(m,)``; the least infeasible one where the set is empty.
         multipliers: of the projection's rows, ``(rows,)``: for the next call. Those of inequalities are at least zero,
             in ``||(z - p) / scale||^2 / 2 + <multipliers, rows>``.
-        status: CONVERGED where the optimality conditions of the projection hold; INFEASIBLE where the set is empty;
-            NONFINITE where the given point is not finite; STALLED where rounding or rows that are not convex keep it
-            from a verified answer.
-        error: how far the conditions are from holding, relative to ``1 + max |z|``, in rows of length one.
+        outcome: status and error; of a closed form, which cannot fail, whether the given point is finite, ``()``, bool.
     """
 
     x: Tensor
     y: Tensor
     multipliers: Tensor
-    status: Status
-    error: float
+    outcome: tuple[Status, float] | Tensor
+
+    @property
+    def status(self) -> Status:
+        """CONVERGED where the optimality conditions of the projection hold; INFEASIBLE where the set is empty, which
+        for affine rows is proved and for others found by a local method: on convex rows, to its tolerance; NONFINITE
+        where the given point is not finite; STALLED where rounding or rows that are not convex keep it from a verified
+        answer.
+        """
+        return self._read[0]
+
+    @property
+    def error(self) -> float:
+        """How far the conditions are from holding, relative to ``1 + max |z|``, in rows of length one; NaN where the
+        given point is not finite.
+        """
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[Status, float]:
+        if isinstance(self.outcome, Tensor):
+            return (Status.CONVERGED, 0.0) if bool(self.outcome) else (Status.NONFINITE, float("nan"))
+        return self.outcome
 
 
 class JointProjection:
@@ -48,7 +67,8 @@ class JointProjection:
     in the vectors of a :class:`FlatProblem`. How it is computed is found by looking at the problem, once:
 
     - bounds alone are clipped; sets without constraint functions are projected onto one by one; a declared
-      ``joint_set`` is used after it has been compared with what the constraints say at a few points;
+      ``joint_set`` is used after it has been compared with what the constraints say at a few points. Whether such a
+      call succeeded is read on the host only when it is asked for;
     - affine rows: a semismooth Newton method on the active rows and bounds, which from the multipliers of a projection
       nearby takes one or two linear systems. Variables that enter a single row are eliminated, so that the systems
       are as small as the number of variables that rows share; other factors are kept while the active rows stay;
@@ -112,6 +132,7 @@ class JointProjection:
         )
         self._affine: RowProjection | None = None
         self._curved: CurvedProjection | None = None
+        self._closed: Callable[[Tensor], Tensor] | None = None
         self.method = self._choose(z, count, affine=upper.affine and lower.affine)
         self.rows = count if self.method.endswith("rows") else 0
 
@@ -131,58 +152,43 @@ class JointProjection:
             point = torch.cat([x, y]).detach()
             if self._affine is not None:
                 return self._by_rows(self._affine, point, multipliers)
-            if not bool(torch.isfinite(point).all()):
-                return self._found(point, multipliers, Status.NONFINITE, float("nan"))
-            if self.method == "bounds":
-                return self._found(self._clip(point), multipliers, Status.CONVERGED, 0.0)
-            if self.method == "sets":
-                return self._by_sets(x, y, multipliers)
-            if self.method == "joint set":
-                return self._by_joint_set(x, y, multipliers)
-            assert self._curved is not None
-            target = point / self._lengths_or_one()
-            z, found, status, error = self._curved.project(target, multipliers)
-            return self._found(z * self._lengths_or_one(), found, status, error)
+            if self._curved is not None:
+                return self._by_curved_rows(self._curved, point, multipliers)
+            assert self._closed is not None
+            finite = torch.isfinite(point).all()
+            near = self._closed(torch.where(finite, point, 0.0))
+            return self._found(torch.where(finite, near, point), multipliers, finite)
 
     def _choose(self, z: Tensor, count: int, affine: bool) -> str:
         problem = self.flat.problem
         if not count:
-            return "bounds"
-        if not affine and not problem.constraints and self._scale is None and self._succeeds(self._by_sets, z):
-            return "sets"
-        if affine:
-            self._affine = self._row_projection(z)
-            general = "affine rows"
+            own, self._closed = "bounds", self._clip
+        elif not affine and not problem.constraints and self._scale is None and _succeeds(self._onto_sets, z):
+            own, self._closed = "sets", self._onto_sets
+        elif affine:
+            own, self._affine = "affine rows", self._row_projection(z)
         else:
-            self._curved = CurvedProjection(
-                self._unit_values, z / self._lengths_or_one(), self.equalities, self._lower, self._upper
-            )
-            general = "curved rows"
-        if problem.joint_set is None or self._scale is not None or not self._succeeds(self._by_joint_set, z):
-            return general
-        self._compare(problem.joint_set, z, count, general)
+            own, unit = "curved rows", z / self._lengths_or_one()
+            self._curved = CurvedProjection(self._unit_values, unit, self.equalities, self._lower, self._upper)
+        if problem.joint_set is None or self._scale is not None or not _succeeds(self._onto_joint_set, z):
+            return own
+        self._compare(problem.joint_set, z, count)
+        if self._closed is not None:
+            return own
         self._affine = self._curved = None
+        self._closed = self._onto_joint_set
         return "joint set"
 
-    def _succeeds(self, project: Callable[[Tensor, Tensor, Tensor], JointPoint], z: Tensor) -> bool:
-        """Whether sets can be projected onto; an empty one is reported by the general method."""
-        try:
-            project(z[: self.n], z[self.n :], z[:0])
-        except SolveError:
-            return False
-        return True
-
-    def _compare(self, chosen: ConvexSet, z: Tensor, count: int, general: str) -> None:
+    def _compare(self, chosen: ConvexSet, z: Tensor, count: int) -> None:
         """Refuse a declared set that is not what the constraints say."""
         generator = torch.Generator().manual_seed(0)
         blank = torch.zeros(count, dtype=z.dtype, device=z.device)
         tolerance = float(torch.finfo(z.dtype).eps) ** 0.35
-        self.method = general
         noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
         for reach in (0.3, -0.3, 3.0, -3.0, 30.0, -30.0):
-            x, y = (z + reach * (1 + z.abs()) * noise).split([self.n, self.flat.m])
-            declared, own = self._by_joint_set(x, y, blank[:0]), self.project(x, y, blank)
-            here, there = torch.cat([declared.x, declared.y]), torch.cat([own.x, own.y])
+            point = z + reach * (1 + z.abs()) * noise
+            own = self.project(point[: self.n], point[self.n :], blank)
+            here, there = self._onto_joint_set(point), torch.cat([own.x, own.y])
             away = float((here - there).abs().amax() / (1 + there.abs().amax()))
             if own.status is Status.CONVERGED and not away <= tolerance:
                 raise ValueError(
@@ -191,31 +197,37 @@ class JointProjection:
                     "or leave it out"
                 )
 
-    def _by_sets(self, x: Tensor, y: Tensor, multipliers: Tensor) -> JointPoint:
+    def _onto_sets(self, z: Tensor) -> Tensor:
         problem, flat = self.flat.problem, self.flat
-        near_x = flat.flat_x(problem.upper_set.project(flat.x_tree(x)))
-        near_y = flat.flat_y(problem.lower_set.project(flat.y_tree(y)))
-        return JointPoint(x=near_x, y=near_y, multipliers=multipliers, status=Status.CONVERGED, error=0.0)
+        near_x = flat.flat_x(problem.upper_set.project(flat.x_tree(z[: self.n])))
+        return torch.cat([near_x, flat.flat_y(problem.lower_set.project(flat.y_tree(z[self.n :])))])
 
-    def _by_joint_set(self, x: Tensor, y: Tensor, multipliers: Tensor) -> JointPoint:
+    def _onto_joint_set(self, z: Tensor) -> Tensor:
         flat, chosen = self.flat, self.flat.problem.joint_set
         assert chosen is not None
-        near_x, near_y = chosen.project((flat.x_tree(x), flat.y_tree(y)))
-        parts = {"x": flat.flat_x(near_x), "y": flat.flat_y(near_y)}
-        return JointPoint(**parts, multipliers=multipliers, status=Status.CONVERGED, error=0.0)
+        near_x, near_y = chosen.project((flat.x_tree(z[: self.n]), flat.y_tree(z[self.n :])))
+        return torch.cat([flat.flat_x(near_x), flat.flat_y(near_y)])
 
     def _by_rows(self, rows: RowProjection, point: Tensor, multipliers: Tensor) -> JointPoint:
         target = point if self._scale is None else point / self._scale
         found = rows.project(target, multipliers / rows.unit)
         status, z, duals, error = Status.CONVERGED, found.z, found.multiplier, found.error
         if not error <= accuracy(z.dtype) ** 0.7:
-            if not bool(torch.isfinite(point).all()):
-                return self._found(point, multipliers, Status.NONFINITE, float("nan"))
+            finite = torch.isfinite(point).all()
+            if not bool(finite):
+                return self._found(point, multipliers, finite)
             status, z, duals, error = _by_program(rows, target, found.z, found.multiplier, error)
-        return self._found(z if self._scale is None else z * self._scale, duals * rows.unit, status, error)
+        return self._found(z if self._scale is None else z * self._scale, duals * rows.unit, (status, error))
 
-    def _found(self, z: Tensor, multipliers: Tensor, status: Status, error: float) -> JointPoint:
-        return JointPoint(x=z[: self.n], y=z[self.n :], multipliers=multipliers, status=status, error=error)
+    def _by_curved_rows(self, rows: CurvedProjection, point: Tensor, multipliers: Tensor) -> JointPoint:
+        finite = torch.isfinite(point).all()
+        if not bool(finite):
+            return self._found(point, multipliers, finite)
+        z, duals, status, error = rows.project(point / self._lengths_or_one(), multipliers)
+        return self._found(z * self._lengths_or_one(), duals, (status, error))
+
+    def _found(self, z: Tensor, multipliers: Tensor, outcome: tuple[Status, float] | Tensor) -> JointPoint:
+        return JointPoint(x=z[: self.n], y=z[self.n :], multipliers=multipliers, outcome=outcome)
 
     def _clip(self, z: Tensor) -> Tensor:
         length = self._lengths_or_one()
@@ -241,6 +253,15 @@ class JointProjection:
         )
 
 
+def _succeeds(project: Callable[[Tensor], Tensor], z: Tensor) -> bool:
+    """Whether sets can be projected onto; an empty one is reported by the general method."""
+    try:
+        project(z)
+    except SolveError:
+        return False
+    return True
+
+
 def _by_program(
     rows: RowProjection, target: Tensor, z: Tensor, multiplier: Tensor, error: float
 ) -> tuple[Status, Tensor, Tensor, float]:
@@ -251,10 +272,10 @@ def _by_program(
     found = solve_qp(
         torch.eye(len(target), dtype=target.dtype, device=target.device),
         -target,
-        A=J[:q] if q else None,
-        b=d[:q] if q else None,
-        G=J[q:] if q < len(J) else None,
-        h=d[q:] if q < len(J) else None,
+        A=J[:q],
+        b=d[:q],
+        G=J[q:],
+        h=d[q:],
         lower=rows.lower,
         upper=rows.upper,
         raise_on_failure=False,
@@ -263,11 +284,10 @@ def _by_program(
     assert isinstance(status, Status)
     if status is Status.INFEASIBLE:
         return status, found.x, torch.zeros_like(multiplier), error
-    duals = torch.cat([found.equality[:q], found.inequality[: len(J) - q]])
     if status is not Status.CONVERGED:
         return Status.STALLED, z, multiplier, error
     residual = float(torch.stack([found.stationarity, found.feasibility, found.complementarity]).amax())
-    return status, found.x, duals, residual
+    return status, found.x, torch.cat([found.equality, found.inequality]), residual
 
 
 def _lengths(scale: tuple[Tensor | float, Tensor | float] | None, x: Tensor, y: Tensor) -> Tensor | None:

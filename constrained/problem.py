@@ -1,5 +1,6 @@
 """The declaration of a constrained problem, and the checks that find a wrong one before the first step."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ Matrix = Any
 """A tensor (dense or sparse), a scipy sparse matrix, or an :class:`implicit.LinearOperator` on ravelled points."""
 
 
-class Problem:
+class Problem(ABC):
     """``min f(x) s.t. h(x) = 0, c(x) <= 0, lower <= x <= upper``; what does not apply is None."""
 
     objective: Function
@@ -30,9 +31,9 @@ class Problem:
     inequality_jacobian: Callable[[Tree], Matrix] | None = None
     name: str
 
+    @abstractmethod
     def lagrangian_hessian(self, x: Tree, equality: Tree, inequality: Tree) -> Matrix | None:
         """The supplied Hessian of ``f + <equality, h> + <inequality, c>`` at x, or None."""
-        raise NotImplementedError
 
     @property
     def has_hessian(self) -> bool:

@@ -1,5 +1,7 @@
 """The restoration phases: towards feasibility, from where the line search failed."""
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,9 @@ class RestorationModel(BarrierModel):
     def at(self, w: Tensor) -> "RestorationEvaluation":
         return self.around(self.base.at(w[: self.base.size]), w)
 
+    @abstractmethod
     def around(self, inner: ScaledEvaluation, w: Tensor) -> "RestorationEvaluation":
         """The evaluation at w, where the problem has been evaluated at ``w[:base.size]`` already."""
-        raise NotImplementedError
 
 
 class RestorationEvaluation(Evaluation):

@@ -289,6 +289,11 @@ def test_a_sparse_derivative_is_accepted_of_every_kind() -> None:
         assert (operator.to_sparse() is None) == (kind is dense)
 
 
+def test_a_problem_without_its_parts_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        constrained.Problem()  # type: ignore[abstract]
+
+
 def test_problems_are_frozen_and_say_what_they_have() -> None:
     problem = EqualityProblem(square, total, name="circle")
     assert (problem.inequality, problem.lower, problem.upper, problem.inequality_jacobian) == (None,) * 4

@@ -89,7 +89,8 @@ def test_dependent_constraints_are_shifted_in_the_second_block_alone() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_random_systems_get_the_inertia_of_a_minimum(m: int, seed: int) -> None:
     h, j = symmetric(normal(8, seed=seed), seed + 1), normal(m, 8, seed=seed + 2)
-    diagonal, below = normal(8, seed=seed + 3).abs() * 1e3, normal(m, seed=seed + 4).abs()
+    diagonal, below = normal(8, seed=seed + 3).abs(), normal(m, seed=seed + 4).abs()
+    diagonal[:3] *= 1e3
     rhs = normal(8 + m, seed=seed + 5)
     found = correct(InertiaCorrection(), h, j, rhs, diagonal=diagonal, dual_diagonal=below)
     expected = torch.cat(
@@ -99,6 +100,8 @@ def test_random_systems_get_the_inertia_of_a_minimum(m: int, seed: int) -> None:
         ]
     )
     assert inertia(expected) == (8, m)
+    right = inertia(expected - torch.diag(torch.cat([found.primal * torch.ones(8), torch.zeros(m)]))) == (8, m)
+    assert right == (found.primal == 0)
     torch.testing.assert_close(found.step, torch.linalg.solve(expected, rhs), rtol=1e-9, atol=1e-9)
 
 

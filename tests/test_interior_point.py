@@ -19,6 +19,7 @@ from constrained.inertia import InertiaCorrection
 from constrained.interior_start import begin_warm
 from constrained.restoration import WEIGHT, LeastSquares, Restoration, elastic
 from constrained.rounding import excess, rounding
+from constrained.scaling import factors
 from implicit import MINRES, LinearSolver, SolveError, SparseLU, Status
 from tests.systems import normal
 
@@ -693,6 +694,7 @@ def test_the_error_of_a_barrier_problem_is_that_of_its_conditions() -> None:
     dual = model.lagrangian_gradient(evaluation, state.y, state.z)
     expected = max(float(v.abs().max()) for v in (dual, evaluation.constraints, gaps * state.z - 0.01))
     assert barrier_error(model, evaluation, state, 0.01) == pytest.approx(expected)
+    assert barrier_error(model, evaluation, state, 90.0) == pytest.approx(float((gaps * state.z - 90.0).abs().max()))
     state.z = 1e5 * state.z
     scale = float((state.z.abs().sum()) / len(state.z)) / 100
     products = float((gaps * state.z - 0.01).abs().max()) / scale
@@ -823,6 +825,10 @@ def test_multipliers_of_steep_functions_are_in_their_own_units() -> None:
     model, evaluation, state = begin_warm(lagrangian, found.x, given, 1e-9, 0.1)
     assert model.objective_scale < 1 and bool((model.constraint_scale < 1).all())
     assert float(model.lagrangian_gradient(evaluation, state.y, state.z).abs().amax()) <= 1e-6
+
+
+def test_slopes_that_are_no_numbers_scale_nothing() -> None:
+    assert factors(t(float("nan"), INF, 50.0, 1e3, 1e12)).tolist() == [1.0, 1.0, 1.0, 0.1, 1e-8]
 
 
 def test_wide_boxes_are_not_unbounded() -> None:

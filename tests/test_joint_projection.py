@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import bilevel.curved_projection
 from bilevel import BilevelProblem
@@ -230,6 +231,9 @@ def test_a_declared_joint_set(generator: torch.Generator) -> None:
     for wrong in (HalfSpace(normal, 0.5), Product((Ball(3.0), WholeSpace()))):
         with pytest.raises(ValueError, match=r"joint_set = \w+ is not the set of the pairs"):
             declared(**rows, joint_set=wrong)
+    with pytest.raises(ValueError, match=r"joint_set = Product is not the set of the pairs"):
+        declared(upper_set=Box(-1.0, 1.0), joint_set=Product((Ball(1.0), WholeSpace())))
+    assert declared(upper_set=Box(0.0, 1.0), joint_set=Product((Box(0.0, 1.0), WholeSpace()))).method == "bounds"
     assert declared(**rows, joint_set=HalfSpace(normal, 1.0), scale=(1.0, 2.0)).method == "affine rows"
 
 
@@ -353,6 +357,48 @@ def test_a_warm_start_needs_one_system(generator: torch.Generator) -> None:
     equations = RowProjection(structure, d, len(d), -free, free).project(point, torch.zeros_like(d))
     assert equations.steps == 1
     assert int((equations.multiplier < 0).sum()) >= 5
+
+
+class HostReads(TorchFunctionMode):
+    """What is called inside that waits for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "equal", "nonzero"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_closed_forms_wait_for_no_device(generator: torch.Generator) -> None:
+    plane = HalfSpace((torch.ones(N), torch.ones(M)), 1.0)
+    declarations: list[dict[str, Any]] = [
+        {"lower_set": Box(-1.0, 1.0)},
+        {"upper_set": Ball(0.5), "lower_set": Simplex()},
+        {"lower_inequality": lambda x, y: x.sum() + y.sum() - 1, "joint_set": plane},
+    ]
+    for declaration in declarations:
+        projection = declared(**declaration)
+        x, y = 3 * torch.randn(N, generator=generator), torch.randn(M, generator=generator)
+        with HostReads() as reads:
+            found = projection.project(x, y, projection.start())
+        assert reads.seen == []
+        with reads:
+            assert (found.status, found.error) == (Status.CONVERGED, 0.0)
+        assert reads.seen == ["__bool__"]
+
+
+def test_a_warm_start_reads_three_times(generator: torch.Generator) -> None:
+    projection, _ = affine_case("equations and boxes", generator)
+    x, y = 2 * torch.randn(N, generator=generator), 2 * torch.randn(M, generator=generator)
+    first = projection.project(x, y, projection.start())
+    for change, times in ((0.0, 1), (1e-6, 3)):
+        with HostReads() as reads:
+            assert projection.project(x + change, y, first.multipliers).status is Status.CONVERGED
+        assert len(reads.seen) == times
 
 
 def machine(generator: torch.Generator, examples: int = 60) -> tuple[RowStructure, Tensor, Tensor]:
@@ -639,6 +685,16 @@ def test_errors_of_curved_rows_and_proofs_by_cuts() -> None:
     assert proved is not None
     torch.testing.assert_close(proved.z, torch.ones(2))
     torch.testing.assert_close(proved.multiplier, torch.tensor([2.0]))
+    # two cuts of a row that a third piece violates at their nearest point
+    deep = lambda z: torch.stack([1 - z[0], 1 - z[1], 3 - z.sum()]).amax()[None]  # noqa: E731
+    deeper = CurvedProjection(deep, torch.ones(2), 0, -free, free)
+    assert deeper._refined(torch.zeros(2), deeper._at(torch.zeros(2), torch.ones(2), torch.zeros(1)), cuts) is None
+
+
+def test_a_hessian_that_is_diagonal_at_one_point_only_is_not_diagonal() -> None:
+    free = torch.full((2,), torch.inf)
+    assert not CurvedProjection(lambda z: (z.sum() ** 4 - 1)[None], torch.zeros(2), 0, -free, free).diagonal
+    assert CurvedProjection(lambda z: ((z**4).sum() - 1)[None], torch.zeros(2), 0, -free, free).diagonal
 
 
 def test_diagonal_steps_respect_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,9 @@ def test_a_huge_multiplier_does_not_excuse_other_products() -> None:
     assert found.stationarity == pytest.approx(0.0)
     far = kkt_residual(problem, torch.full((1,), 1.0), inequality=torch.tensor([0.0, 1e8]))
     assert far.complementarity == pytest.approx(4.0)
+    steep = ConstrainedProblem(objective=problem.objective, inequality=lambda x: torch.cat([x - 1, x - 5]))
+    found = kkt_residual(steep, torch.ones(1), inequality=torch.tensor([1e8, 0.5]))
+    assert found.complementarity == pytest.approx(2.0)
 
 
 def test_a_constraint_is_measured_as_declared() -> None:

@@ -1,13 +1,17 @@
 """The lower solution next to a point, against projections onto the set of lower solutions."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+import bilevel.nearest_response
 import problems
 from bilevel import BilevelProblem
 from bilevel.flat import FlatProblem
-from bilevel.nearest_response import respond
+from bilevel.lower_level import solve_lower_level
+from bilevel.nearest_response import _paired, respond
 
 
 def flat_of(problem: BilevelProblem, x: Tensor, y: Tensor) -> FlatProblem:
@@ -43,16 +47,55 @@ def test_of_many_lower_solutions_the_nearest_is_taken_if_the_upper_level_gains()
 
 
 def test_another_solution_stays_where_the_upper_level_prefers_it() -> None:
-    """g is flat in y2: near y the upper value is 25, at what the solver finds from there it is as small or smaller."""
+    """g is flat in y2: near y the upper value is 25, at what the solver finds from there smaller."""
     problem = BilevelProblem(
         lambda x, y: (y[1] - x[0]).square() + y[0],
         lambda x, y: (y[0] - x[0]).square(),
         lower_inequality=lambda x, y: y.abs() - 10.0 - 0.0 * x[0],
     )
     x, y = torch.zeros(1), torch.tensor([0.3, 5.0])
-    found = respond(flat_of(problem, x, y), x, y, curvature=2.0)
-    assert float(found.y[0]) == pytest.approx(0.0, abs=1e-5)
-    assert found.upper <= 25.0 + 1e-3
+    flat = flat_of(problem, x, y)
+    plain = solve_lower_level(flat, x, y)
+    assert float(plain.y[1]) < 4.0
+    torch.testing.assert_close(respond(flat, x, y, curvature=2.0).y, plain.y, rtol=0, atol=0)
+
+
+def test_a_solution_that_violates_the_upper_level_does_not_count() -> None:
+    """g is flat in y2, f falls with it, and the upper level allows no more than y2 = 1."""
+    problem = BilevelProblem(
+        lambda x, y: x.sum() - y[1],
+        lambda x, y: (y[0] - x[0]).square(),
+        lower_inequality=lambda x, y: y[1].abs() - 10.0 - 0.0 * x[0],
+        upper_inequality=lambda x, y: y[1] - 1.0 + 0.0 * x[0],
+    )
+    x, y = torch.zeros(1), torch.tensor([0.3, 5.0])
+    assert respond(flat_of(problem, x, y), x, y, curvature=2.0).violation <= 1e-9
+
+
+def test_next_to_the_solution_one_solve_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = problems.case("coupled_polyhedral")
+    flat, calls = flat_of(case.problem, *case.start), []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return solve_lower_level(*arguments, **options)
+
+    monkeypatch.setattr(bilevel.nearest_response, "solve_lower_level", counted)
+    respond(flat, case.x_star, case.y_star, curvature=1.0)
+    assert len(calls) == 1
+    respond(flat, case.x_star, case.y_star + 3.0, curvature=1.0)
+    assert len(calls) == 4
+
+
+def test_of_two_sets_of_multipliers_those_that_fit_are_taken() -> None:
+    case = problems.case("coupled_polyhedral")
+    flat = flat_of(case.problem, *case.start)
+    right = solve_lower_level(flat, case.x_star, case.y_star)
+    wrong = right.multipliers._replace(inequality=right.multipliers.inequality + 1.0)
+    for given in ((right.multipliers, wrong), (wrong, right.multipliers)):
+        found = _paired(flat, case.x_star, case.y_star, given, right)
+        assert found.multipliers is right.multipliers
+        assert found.residual.largest <= 1e-8
 
 
 def test_beside_a_jump_of_the_solutions_the_point_itself_counts() -> None:
@@ -71,7 +114,7 @@ def test_beside_a_jump_of_the_solutions_the_point_itself_counts() -> None:
 def test_quadratic_growth_is_not_mistaken_for_a_solution() -> None:
     """(y - 1)²/2 at 1 + 1e-4 is 5e-9 above its minimum, and f falls with y: still y = 1."""
     problem = BilevelProblem(
-        lambda x, y: -10.0 * y.sum() + x.sum(),
+        lambda x, y: -10.0 * (y - 1.0).sum() + x.sum(),
         lambda x, y: 0.5 * (y - 1.0).square().sum(),
         lower_inequality=lambda x, y: y - x - 9.0,
     )

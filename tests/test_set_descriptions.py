@@ -91,6 +91,18 @@ def test_curved_rows_are_convex_and_have_slopes(name: str) -> None:
     assert bool(torch.isfinite(slope).all())
 
 
+def test_balls_have_slope_one_on_their_boundary() -> None:
+    found = describe(Ball(2.5), VECTOR)
+    (slope,) = torch.autograd.functional.jacobian(found.inequality, t(0.0, 2.5, 0.0, 0.0))
+    torch.testing.assert_close(slope, t(0.0, 1.0, 0.0, 0.0))
+
+
+def test_rows_without_a_side_are_left_out() -> None:
+    found = describe(Polyhedron(G=torch.eye(4, dtype=torch.float64), h=t(1.0, float("inf"), 2.0, 3.0)), VECTOR)
+    assert found.h.tolist() == [1.0, 2.0, 3.0]
+    assert found.G.shape == (3, 4)
+
+
 def test_a_set_known_by_its_projection_only_is_refused() -> None:
     class Circle(constrained.ConvexSet):
         def project(self, point: Any) -> Any:

@@ -1,5 +1,9 @@
 """Interior points for a projection onto rows and bounds: which rows and bounds are active, from no guess at all.
 
+The method is that of :mod:`constrained.qp.interior_point`, for one projection in place of a batch of programs: Q is the
+identity and bounds are no rows, so that a step solves with ``J C J' + D`` (C and D diagonal), by the structure of J,
+where the other factorizes a dense matrix with a row per variable and equation.
+
 Reference:
     S. Mehrotra, "On the implementation of a primal-dual interior point method", SIAM J. Optim. 2(4), 1992.
 """
@@ -24,6 +28,11 @@ class Sets:
     working: Tensor
     low: Tensor
     high: Tensor
+
+    @property
+    def free(self) -> Tensor:
+        """Entries at no bound."""
+        return ~(self.low | self.high)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -19,6 +19,7 @@ from constrained.qp.active_set import accuracy
 from constrained.qp.row_interior import RowProgram, Sets, interior_sets
 from constrained.qp.row_structure import RowStructure
 from constrained.qp.row_system import RowSystem
+from constrained.qp.scaling import inverse
 
 HUGE = 1e5
 """Multipliers this large, relative to the point, come from guesses that are wrong."""
@@ -56,8 +57,7 @@ class RowProjection:
     """
 
     def __init__(self, structure: RowStructure, d: Tensor, equalities: int, lower: Tensor, upper: Tensor) -> None:
-        length = structure.lengths()
-        self.unit = torch.where(length > 0, 1 / torch.where(length > 0, length, 1.0), 1.0)
+        self.unit = inverse(structure.lengths())
         self.equalities, self.lower, self.upper = equalities, lower, upper
         self.program = RowProgram(
             rows=structure.scaled(self.unit),
@@ -76,7 +76,7 @@ class RowProjection:
         """From the multipliers (of rows of length one) of an earlier projection, or zeros.
 
         The result is as good as rounding allows unless the set is empty or badly conditioned: the caller has to look
-        at its error. Reads a few numbers per step on the host.
+        at its error. Reads from the device once, twice more per step, and once or twice per change of the active sets.
         """
         inner, size = point[self.program.rows.order], point.abs().amax()
         scale = 1 / (1 + size) + 0 * size  # NaN where the point is not finite
@@ -96,20 +96,22 @@ class RowProjection:
         """Semismooth Newton steps; the best candidate met, in the variables that rows restrict."""
         rows, goal, steps = self.program.rows, 64 * torch.finfo(point.dtype).eps, 0
         target, z, gap = self._evaluate(point, multiplier)
-        best = Projected(z, multiplier, self._error(gap, multiplier, scale))
+        best = Projected(z, multiplier, float(self._error(gap, multiplier, scale)))
         while best.error > goal and steps < max_steps:
             given, sets = sets is not None, sets or self._sets(target, gap, multiplier)
-            if given or bool((multiplier * ~sets.working).any()):  # else z and gap are those of the sets
+            other, changed = self._differences(sets, multiplier)
+            if given or other:  # else z and gap are those of the sets
                 multiplier = multiplier * sets.working
                 target = point - rows.pull(multiplier)
                 fixed = torch.where(sets.low, self.program.lower, target)
                 fixed = torch.where(sets.high, self.program.upper, fixed)
                 gap = rows.multiply(fixed) - self.program.d
-            multiplier = multiplier + self._system(sets).solve(gap)
+            multiplier = multiplier + self._system(sets, changed).solve(gap)
             target, z, gap = self._evaluate(point, multiplier)
-            error, sets = self._error(gap, multiplier, scale), None
-            steps += 1
-            if not float(torch.linalg.vector_norm(multiplier, torch.inf) * scale) < HUGE:
+            size = torch.linalg.vector_norm(multiplier, torch.inf) * scale
+            error, size = torch.stack([self._error(gap, multiplier, scale), size]).tolist()
+            steps, sets = steps + 1, None
+            if not size < HUGE:
                 break  # dependent rows that contradict each other
             settled = best.error <= accuracy(point.dtype) and not error < 0.5 * best.error
             best = Projected(z, multiplier, error) if error < best.error else best
@@ -124,11 +126,11 @@ class RowProjection:
         z = torch.clamp(target, self.program.lower, self.program.upper) if self._bounded else target
         return target, z, self.program.rows.multiply(z) - self.program.d
 
-    def _error(self, gap: Tensor, multiplier: Tensor, scale: Tensor) -> float:
+    def _error(self, gap: Tensor, multiplier: Tensor, scale: Tensor) -> Tensor:
         wrong = torch.maximum(gap, -multiplier)
         if self.equalities:
             wrong = torch.where(self.program.equation, gap, wrong)
-        return float(torch.linalg.vector_norm(wrong, torch.inf) * scale)
+        return torch.linalg.vector_norm(wrong, torch.inf) * scale
 
     def _sets(self, target: Tensor, gap: Tensor, multiplier: Tensor) -> Sets:
         working = multiplier + gap > 0
@@ -138,14 +140,19 @@ class RowProjection:
             return Sets(working, self._nowhere, self._nowhere)
         return Sets(working, target <= self.program.lower, target >= self.program.upper)
 
-    def _system(self, sets: Sets) -> RowSystem:
+    def _differences(self, sets: Sets, multiplier: Tensor) -> tuple[bool, bool]:
+        """Whether rows outside the sets have multipliers, and whether the sets are not those of the kept system."""
+        flags = [(multiplier * ~sets.working).any()]
+        if self._kept is not None:
+            flags += [(self._kept[0] != sets.working).any(), (self._kept[1] != sets.free).any()]
+        other, *changed = torch.stack(flags).tolist()
+        return other, any(changed) or self._kept is None
+
+    def _system(self, sets: Sets, changed: bool) -> RowSystem:
         """The factored system of some active sets; the last one is kept."""
-        free, kept = ~(sets.low | sets.high), self._kept
-        if kept is not None and torch.equal(kept[0], sets.working) and torch.equal(kept[1], free):
-            return kept[2]
-        rows = self.program.rows
-        if self._gram is None and (rows.width >= len(self.program.d) or not len(rows.own)):
-            self._gram = rows.shared @ rows.shared.mT
-        system = RowSystem(rows, free, None, sets.working, self._gram)
-        self._kept = (sets.working, free, system)
-        return system
+        if self._kept is None or changed:
+            rows = self.program.rows
+            if self._gram is None and (rows.width >= len(self.program.d) or not len(rows.own)):
+                self._gram = rows.shared @ rows.shared.mT
+            self._kept = sets.working, sets.free, RowSystem(rows, sets.free, None, sets.working, self._gram)
+        return self._kept[2]

@@ -73,15 +73,15 @@ def scaled(data: Data) -> tuple[Program, Scale]:
     """
     C, d = data.rows()
     Q, q = data.symmetric(), data.q.expand(data.batch, -1)
-    row = _inverse(torch.linalg.vector_norm(C, dim=2))
+    row = inverse(torch.linalg.vector_norm(C, dim=2))
     present = d.isfinite()
     d = torch.where(present, row * d, 0.0)
     reach = d.abs().amax(1) if d.shape[1] else torch.zeros_like(q[:, 0])
     unit = torch.where(reach > 0, reach, 1.0).clamp(max=1.0)
     bend = Q.abs().amax((1, 2))
-    factor = torch.where(bend > 0, _inverse(bend), _inverse(q.abs().amax(1)) * unit)
+    factor = torch.where(bend > 0, inverse(bend), inverse(q.abs().amax(1)) * unit)
     program = Program(
-        Q=_inverse(bend)[:, None, None] * Q,
+        Q=inverse(bend)[:, None, None] * Q,
         q=(factor / unit)[:, None] * q,
         C=row[..., None] * C,
         d=d / unit[:, None],
@@ -92,5 +92,6 @@ def scaled(data: Data) -> tuple[Program, Scale]:
     return program, Scale(row.expand(data.batch, -1), factor, unit)
 
 
-def _inverse(size: Tensor) -> Tensor:
+def inverse(size: Tensor) -> Tensor:
+    """``1 / size``, and one where that is zero."""
     return torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 1.0)
