@@ -265,7 +265,7 @@ def _compare(args: argparse.Namespace, argv: list[str]) -> int:
     print(f"\n{found.text(shutil.get_terminal_size((100, 24)).columns)}\n")
     print(f"Written to {contest.out}: {', '.join(str(os.path.relpath(file, contest.out)) for file in files)}")
     if found.missing:
-        print(f"bilevel: note: interrupted, {found.missing} runs are missing; go on with --resume", file=sys.stderr)
+        print("bilevel: note: interrupted; go on with --resume", file=sys.stderr)
     return 0
 
 

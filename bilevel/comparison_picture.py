@@ -53,11 +53,11 @@ def _curves(axes: Sequence[Any], found: Comparison) -> str:
             # A filled end is a point that the independent check accepts.
             face = colour if trial.verified else "white"
             axis.plot(*points[-1], "s", color=colour, markerfacecolor=face, markersize=7)
-        _logarithmic(axis.set_xscale, [p[column] for t in shown for p in t.trace])
+        _logarithmic(axis, "x", [p[column] for t in shown for p in t.trace])
         axis.set_xlabel(name)
         for k, best in enumerate(dict.fromkeys(t.best_known for t in shown if t.best_known is not None)):
             axis.axhline(best, color="0.35", linestyle="--", linewidth=1, label=None if k else "best known")
-    _logarithmic(axes[0].set_yscale, [p[2] for t in shown for p in t.trace])
+    _logarithmic(axes[0], "y", [p[2] for t in shown for p in t.trace])
     axes[0].set_ylabel(KINDS[found.kind].chart.label)
     return f"{found.cases[0]} (filled square: verified)"
 
@@ -65,14 +65,22 @@ def _curves(axes: Sequence[Any], found: Comparison) -> str:
 def _profiles(axes: Sequence[Any], found: Comparison) -> str:
     """Data profiles: how many of all runs with a known best value were solved within a budget."""
     for axis, (name, column) in zip(axes, _AXES, strict=True):
+        every = [_cost(trial, column) for trial in found.trials if trial.solved]
         for k, label in enumerate(found.algorithms):
             trials = [t for t in found.trials if t.algorithm == label and t.best_known is not None]
-            costs = sorted(_cost(trial, column) for trial in trials if trial.solved)
             if not trials:
                 continue
-            shares = [(i + 1) / len(trials) for i in range(len(costs))]
-            axis.step([*costs[:1], *costs], [0.0, *shares] if costs else [], where="post", color=f"C{k}", label=label)
-        axis.set_xscale("log")
+            costs = sorted(_cost(trial, column) for trial in trials if trial.solved)
+            shares = [i / len(trials) for i in range(len(costs) + 1)]
+            # From where the first algorithm solves a case to where the last one does.
+            axis.step(
+                [min(every, default=1.0), *costs, max(every, default=1.0)],
+                [*shares, shares[-1]],
+                where="post",
+                color=f"C{k}",
+                label=label,
+            )
+        _logarithmic(axis, "x", every, least=1.0)
         axis.set_xlabel(name)
     axes[0].set_ylim(-0.02, 1.02)
     axes[0].set_ylabel("share of the cases solved")
@@ -83,8 +91,16 @@ def _cost(trial: Trial, column: int) -> float:
     return trial.seconds if column == 1 else float(max(1, trial.calls))
 
 
-def _logarithmic(scale: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis for positive values over more than a decade and a half."""
+def _logarithmic(axis: Any, direction: str, values: Sequence[float], least: float = 30.0) -> None:
+    """A logarithmic axis for positive values over more than a factor of ``least``, a decade and a half."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     finite = [v for v in values if math.isfinite(v)]
-    if finite and min(finite) > 0 and max(finite) > 30 * min(finite):
-        scale("log")
+    if not finite or min(finite) <= 0 or max(finite) <= least * min(finite):
+        return
+    axis.set(**{f"{direction}scale": "log"})
+    ticks = axis.xaxis if direction == "x" else axis.yaxis
+    if max(finite) < 100 * min(finite):  # powers of ten alone would leave one number, or none
+        ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ticks.set_minor_formatter(NullFormatter())

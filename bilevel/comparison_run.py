@@ -1,8 +1,10 @@
 """Runs of a comparison: each one safely, one after the other or in several processes, written down as they finish."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 import warnings
@@ -183,7 +185,8 @@ def _at_once(tasks: Sequence[_Task], jobs: int) -> Iterator[Trial]:
         while waiting or running:
             while waiting and len(running) < jobs:
                 task = waiting.pop()
-                running[pool.submit(_work, task)] = task
+                with _uninterrupted():
+                    running[pool.submit(_work, task)] = task
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 task = running.pop(future)
@@ -196,12 +199,21 @@ def _at_once(tasks: Sequence[_Task], jobs: int) -> Iterator[Trial]:
                     ) from error
     finally:
         for process in list((pool._processes or {}).values()):
-            process.terminate()
+            process.kill()  # solve takes a polite request as one to finish the step, and what it finds is dropped
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes that start in here never see the Ctrl-C that a terminal sends to all; this one sees it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    """Ctrl-C goes to all processes of a terminal; the first one decides."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 

@@ -22,7 +22,7 @@ def tables(found: Comparison, width: int) -> str:
         parts.append(_summary(found.summary()))
     parts.append(_remarks(found, width, single))
     if found.missing:
-        parts.append(f"{found.missing} more runs are missing")
+        parts.append("1 more run is missing" if found.missing == 1 else f"{found.missing} more runs are missing")
     return "\n\n".join(part for part in parts if part)
 
 

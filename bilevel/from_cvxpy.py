@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from implicit.cvx.compiled import objective_constant
 from implicit.cvx.declaration import check_problem, compile_problem
 from implicit.cvx.program import Limits
 from implicit.cvx.solution import Solution
+from implicit.status import SolveError
 from implicit.tree import Tree
 
 AUXILIARY = "auxiliary"
@@ -125,7 +126,11 @@ def from_cvxpy(
     if lower.added:
         shapes[AUXILIARY] = (lower.added,)
     form = _Form(parameters, shapes, like)
-    point, _ = Solution.apply(theta[None], program)
+    try:
+        point, _ = Solution.apply(theta[None], program)
+    except SolveError as error:
+        names = ", ".join(parameter.name() for parameter in given)
+        raise SolveError(f"at the values of the parameters {names}, where x starts, {error}") from error
     x0, y0 = form.x(theta.to(like)), form.y(lower.y(point[0, : program.n].to(like)))
     if upper_set is None:
         upper_set = _declared_set(program.limits, form, theta)
@@ -203,6 +208,9 @@ def _check_declaration(declaration: Mapping[str, Any]) -> None:
     owned = [name for name in declaration if name.startswith("lower") or name in ("regularizer", "start", "variables")]
     if owned:
         raise TypeError(f"{owned[0]} comes from the cvxpy problem: leave it out, or declare it there")
+    foreign = [name for name in declaration if name not in {f.name for f in fields(BilevelProblem)}]
+    if foreign:
+        raise TypeError(f"from_cvxpy has no argument {foreign[0]}, and BilevelProblem no such field")
 
 
 def _variables(problem: Any) -> dict[str, Any]:
@@ -225,9 +233,11 @@ def _variables(problem: Any) -> dict[str, Any]:
 
 
 def _values(keyed: Sequence[tuple[Any, Any]]) -> Tensor:
-    missing = [str(key) for key, parameter in keyed if parameter.value is None]
-    if missing:
-        raise ValueError(f"parameters {', '.join(missing)} have no value: set .value, it is where x starts")
+    for key, parameter in keyed:
+        if parameter.value is None:
+            raise ValueError(
+                f"parameters[{key!r}], {parameter.name()}, has no value: set .value, which is where x starts"
+            )
     return torch.as_tensor(np.concatenate([np.asarray(p.value, dtype=float).flatten(order="F") for _, p in keyed]))
 
 

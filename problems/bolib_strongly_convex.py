@@ -3,10 +3,35 @@
 import functools
 
 import torch
+from torch import Tensor
 
 from problems.bolib import declare
 
 define = functools.partial(declare, lower_class="strongly convex")
+
+
+# What several problems share.
+
+
+def _bard_1988(x: Tensor, y: Tensor) -> Tensor:
+    return (x[0] - 5) ** 2 + (2 * y[0] + 1) ** 2
+
+
+def _bard_1988_rows(x: Tensor, y: Tensor) -> list[Tensor]:
+    return [y[0] - 3 * x[0] + 3, x[0] - y[0] / 2 - 4, x[0] + y[0] - 7]
+
+
+def _near_3_and_4(x: Tensor, y: Tensor) -> Tensor:
+    return (y[0] - 3) ** 2 / 2 + (y[1] - 4) ** 2 / 2
+
+
+def _outrata_1990(x: Tensor, y: Tensor) -> list[Tensor]:
+    return [y[1] - 0.333 * y[0] - 2, y[0] - 0.333 * y[1] - 2]
+
+
+def _outrata_1993(x: Tensor, y: Tensor) -> Tensor:
+    return y[0] ** 2 * (x[0] / 10 + 0.5) - x[0] * y[1] - y[0] * (1.333 * x[0] + 3) + y[1] ** 2 * (0.05 * x[0] + 0.5)
+
 
 # Published as 5, at (25, 30; 5, 10).
 define(
@@ -23,10 +48,10 @@ define(
 )
 define(
     "Bard1988Ex1",
-    upper=lambda x, y: (x[0] - 5) ** 2 + (2 * y[0] + 1) ** 2,
+    upper=_bard_1988,
     x_box=(0, None),
     lower=lambda x, y: (y[0] - 1) ** 2 - 1.5 * x[0] * y[0],
-    lower_rows=lambda x, y: [y[0] - 3 * x[0] + 3, x[0] - y[0] / 2 - 4, x[0] + y[0] - 7],
+    lower_rows=_bard_1988_rows,
     y_box=(0, None),
     x_star=(1,),
     y_star=(0,),
@@ -51,10 +76,10 @@ define(
 )
 define(
     "Colson2002BIPA2",
-    upper=lambda x, y: (x[0] - 5) ** 2 + (2 * y[0] + 1) ** 2,
+    upper=_bard_1988,
     x_box=(0, None),
     lower=lambda x, y: (y[0] - 1) ** 2 - 1.5 * x[0] * y[0] + x[0] ** 3,
-    lower_rows=lambda x, y: [y[0] - 3 * x[0] + 3, x[0] - y[0] / 2 - 4, x[0] + y[0] - 7],
+    lower_rows=_bard_1988_rows,
     y_box=(0, None),
     x_star=(1,),
     y_star=(0,),
@@ -150,9 +175,9 @@ define(
 )
 define(
     "Outrata1990Ex1b",
-    upper=lambda x, y: (y[0] - 3) ** 2 / 2 + (y[1] - 4) ** 2 / 2 + x[0] ** 2 + x[1] ** 2 - 12.5,
+    upper=lambda x, y: _near_3_and_4(x, y) + x[0] ** 2 + x[1] ** 2 - 12.5,
     lower=lambda x, y: y[0] * (y[0] - 2 * y[1]) / 2 - x[1] * y[1] - x[0] * y[0] - y[1] * (2 * y[0] - 5 * y[1]) / 2,
-    lower_rows=lambda x, y: [y[1] - 0.333 * y[0] - 2, y[0] - 0.333 * y[1] - 2],
+    lower_rows=_outrata_1990,
     y_box=(0, None),
     x_star=(0.278839149639, 0.474811712935),
     y_star=(2.343819174067, 1.032490012214),
@@ -160,9 +185,9 @@ define(
 )
 define(
     "Outrata1990Ex1d",
-    upper=lambda x, y: (y[0] - 3) ** 2 / 2 + (y[1] - 4) ** 2 / 2 + x[0] ** 2 / 10 + x[1] ** 2 / 10 - 12.5,
+    upper=lambda x, y: _near_3_and_4(x, y) + x[0] ** 2 / 10 + x[1] ** 2 / 10 - 12.5,
     lower=lambda x, y: y[0] * (y[0] + 3 * y[1]) / 2 - x[1] * y[1] - x[0] * y[0] + y[1] * (3 * y[0] + 10 * y[1]) / 2,
-    lower_rows=lambda x, y: [y[1] - 0.333 * y[0] - 2, y[0] - 0.333 * y[1] - 2],
+    lower_rows=_outrata_1990,
     y_box=(0, None),
     x_star=(2, 0),
     y_star=(2, 0),
@@ -171,14 +196,14 @@ define(
 # Published as -3.15, at (2.42, -3.65; 0, 1.58).
 define(
     "Outrata1990Ex1e",
-    upper=lambda x, y: (y[0] - 3) ** 2 / 2 + (y[1] - 4) ** 2 / 2 + x[0] ** 2 / 10 + x[1] ** 2 / 10 - 12.5,
+    upper=lambda x, y: _near_3_and_4(x, y) + x[0] ** 2 / 10 + x[1] ** 2 / 10 - 12.5,
     lower=lambda x, y: (
         x[0] * (y[0] - 3 * y[1])
         + y[0] * (y[0] + 3 * y[1]) / 2
         - x[1] * (2 * y[0] - 3 * y[1])
         + y[1] * (3 * y[0] + 10 * y[1]) / 2
     ),
-    lower_rows=lambda x, y: [y[1] - 0.333 * y[0] - 2, y[0] - 0.333 * y[1] - 2],
+    lower_rows=_outrata_1990,
     y_box=(0, None),
     x_star=(-0.4, 0.8),
     y_star=(2, 0),
@@ -186,12 +211,12 @@ define(
 )
 define(
     "Outrata1990Ex2c",
-    upper=lambda x, y: (y[0] - 3) ** 2 / 2 + (y[1] - 4) ** 2 / 2,
+    upper=_near_3_and_4,
     x_box=(0, None),
     lower=lambda x, y: (
         y[0] ** 2 * (x[0] + 1) / 2 - y[0] * (1.333 * x[0] + 3) - x[0] * y[1] + y[1] ** 2 * (x[0] / 10 + 1) / 2
     ),
-    lower_rows=lambda x, y: [y[1] - 0.333 * y[0] - 2, y[0] - 0.333 * y[1] - 2],
+    lower_rows=_outrata_1990,
     y_box=(0, None),
     x_star=(3.45616215742,),
     y_star=(1.707088720543, 2.568460543941),
@@ -199,11 +224,9 @@ define(
 )
 define(
     "Outrata1993Ex31",
-    upper=lambda x, y: (y[0] - 3) ** 2 / 2 + (y[1] - 4) ** 2 / 2,
+    upper=_near_3_and_4,
     x_box=(0, None),
-    lower=lambda x, y: (
-        y[0] ** 2 * (x[0] / 10 + 0.5) - x[0] * y[1] - y[0] * (1.333 * x[0] + 3) + y[1] ** 2 * (0.05 * x[0] + 0.5)
-    ),
+    lower=_outrata_1993,
     lower_rows=lambda x, y: [
         y[1] + y[0] * (x[0] / 10 - 0.333) + x[0] / 10 - 2,
         y[0] - y[1] * (x[0] / 10 + 0.333) + x[0] / 10 - 2,
@@ -215,11 +238,9 @@ define(
 )
 define(
     "Outrata1994Ex31",
-    upper=lambda x, y: (y[0] - 3) ** 2 / 2 + (y[1] - 4) ** 2 / 2,
+    upper=_near_3_and_4,
     x_box=(0, 10),
-    lower=lambda x, y: (
-        y[0] ** 2 * (x[0] / 10 + 0.5) - x[0] * y[1] - y[0] * (1.333 * x[0] + 3) + y[1] ** 2 * (0.05 * x[0] + 0.5)
-    ),
+    lower=_outrata_1993,
     lower_rows=lambda x, y: [x[0] / 10 - 0.333 * y[0] + y[1] - 1, y[0] ** 2 - x[0] / 10 + y[1] ** 2 - 9],
     y_box=(0, None),
     x_star=(4.060406427902,),

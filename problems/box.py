@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem
 from constrained import Box
-from problems.case import Case, OracleCounter
+from problems.case import Case, answered
 from problems.registry import register
 
 
@@ -26,25 +25,18 @@ def _build(r: float, upper_bound: float, dtype: torch.dtype, device: str) -> Cas
         free = inside if inside <= 1.0 - sigma else 1.0 / (1.0 + r * sigma)
         return torch.tensor(min(free, upper_bound), dtype=dtype, device=device)
 
-    counter = OracleCounter()
     zero = torch.zeros((), dtype=dtype, device=device)
-    return Case(
-        name="box",
-        problem=BilevelProblem(
-            counter.watch("upper", upper),
-            counter.watch("lower", lower),
-            upper_set=Box(-3.0, upper_bound),
-            lower_set=Box(-1.0, 1.0),
-            name="box",
-        ),
-        start=(zero, zero.clone()),
+    return answered(
+        "box",
+        upper,
+        lower,
+        (zero, zero.clone()),
+        (x_star, x_star.clone()),
         source="closed form, with and without a penalty",
-        x_star=x_star,
-        y_star=x_star.clone(),
-        upper_star=0.5 * (best - 2.0) ** 2 + 0.5 * r * best**2,
-        x_penalized=x_penalized,
         lower_class="strongly convex",
-        counter=counter,
+        x_penalized=x_penalized,
+        upper_set=Box(-3.0, upper_bound),
+        lower_set=Box(-1.0, 1.0),
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from bilevel import BilevelProblem, Solution
 from implicit import tree
 from implicit.tree import Tree
@@ -113,3 +115,35 @@ class Case:
                 f"{self.name}: relative error of x is {error:.3g}, above {rtol:.3g} "
                 f"(status {solution.status.name}, {solution.steps} steps)"
             )
+
+
+def answered(
+    name: str,
+    upper: Callable[[Any, Any], Tensor],
+    lower: Callable[[Any, Any], Tensor],
+    start: tuple[Tree, Tree],
+    best: tuple[Tree, Tree],
+    *,
+    source: str = "closed form",
+    lower_class: str,
+    multipliers_star: dict[str, Tree] | None = None,
+    local_minima: tuple[Tree, ...] = (),
+    x_penalized: Callable[[float], Tree] | None = None,
+    **constraints: Any,
+) -> Case:
+    """A case whose solution ``best = (x*, y*)`` is known; ``constraints`` are fields of its declaration."""
+    counter = OracleCounter()
+    return Case(
+        name=name,
+        problem=BilevelProblem(counter.watch("upper", upper), counter.watch("lower", lower), name=name, **constraints),
+        start=start,
+        source=source,
+        x_star=best[0],
+        y_star=best[1],
+        upper_star=float(upper(*best)),
+        multipliers_star=multipliers_star,
+        local_minima=local_minima,
+        x_penalized=x_penalized,
+        lower_class=lower_class,
+        counter=counter,
+    )

@@ -14,46 +14,12 @@ import torch
 from scipy.optimize import root_scalar
 from torch import Tensor
 
-from bilevel import BilevelProblem
 from constrained import Affine, Box, HalfSpace
 from implicit.tree import Tree
-from problems.case import Case, OracleCounter
+from problems.case import Case, answered
 from problems.registry import register
 
 Level = Callable[[Tree, Tree], Tensor]
-
-
-def _case(
-    name: str,
-    upper: Level,
-    lower: Level,
-    start: tuple[Tree, Tree],
-    best: tuple[Tree, Tree],
-    multipliers: dict[str, Tree],
-    lower_class: str,
-    source: str = "closed form",
-    local_minima: tuple[Tree, ...] = (),
-    **constraints: object,
-) -> Case:
-    counter = OracleCounter()
-    return Case(
-        name=name,
-        problem=BilevelProblem(
-            counter.watch("upper", upper),
-            counter.watch("lower", lower),
-            name=name,
-            **constraints,  # type: ignore[arg-type]
-        ),
-        start=start,
-        source=source,
-        x_star=best[0],
-        y_star=best[1],
-        upper_star=float(upper(*best)),
-        multipliers_star=multipliers,
-        local_minima=local_minima,
-        lower_class=lower_class,
-        counter=counter,
-    )
 
 
 # A scalar problem whose lower constraint is active, inactive or on the edge.
@@ -74,49 +40,37 @@ def _scalar(name: str, a: float, b: float, c: float, dtype: torch.dtype, device:
     def lower(x: Tensor, y: Tensor) -> Tensor:
         return 0.5 * (y - c) ** 2
 
-    return _case(
+    return answered(
         name,
         upper,
         lower,
         (place(0.0), place(0.0)),
         (place(x), place(y)),
-        {"lower_inequality": place(max(c - x, 0.0))},
-        "strongly convex",
+        lower_class="strongly convex",
+        multipliers_star={"lower_inequality": place(max(c - x, 0.0))},
         lower_inequality=lambda x, y: y - x,
         joint_set=HalfSpace((-1.0, 1.0), 0.0),
     )
 
 
-@register("coupled_scalar_active", "scalar, y <= x active at the solution", "exact", "constraints", "lv_hba")
-def coupled_scalar_active(
-    *, a: float = 0.0, b: float = 1.0, c: float = 2.0, dtype: torch.dtype = torch.float64, device: str = "cpu"
-) -> Case:
-    """g = (y - c)²/2 with y <= x, f = (x - a)²/2 + (y - b)²/2: x* = y* = 1/2, multiplier 3/2."""
-    return _scalar("coupled_scalar_active", a, b, c, dtype, device)
+def _register_scalar(name: str, summary: str, targets: tuple[float, float, float]) -> None:
+    @register(name, f"scalar, y <= x {summary}", "exact", "constraints", "lv_hba")
+    def build(
+        *,
+        a: float = targets[0],
+        b: float = targets[1],
+        c: float = targets[2],
+        dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
+    ) -> Case:
+        """g = (y - c)²/2 with y <= x, f = (x - a)²/2 + (y - b)²/2."""
+        return _scalar(name, a, b, c, dtype, device)
 
 
-@register("coupled_scalar_inactive", "scalar, y <= x inactive at the solution", "exact", "constraints", "lv_hba")
-def coupled_scalar_inactive(
-    *, a: float = 3.0, b: float = 0.0, c: float = 1.0, dtype: torch.dtype = torch.float64, device: str = "cpu"
-) -> Case:
-    """The same with (a, b, c) = (3, 0, 1): x* = 3, y* = 1, multiplier 0."""
-    return _scalar("coupled_scalar_inactive", a, b, c, dtype, device)
-
-
-@register("coupled_scalar_degenerate", "scalar, y <= x active without force", "exact", "constraints", "lv_hba")
-def coupled_scalar_degenerate(
-    *, a: float = 1.0, b: float = 2.0, c: float = 1.5, dtype: torch.dtype = torch.float64, device: str = "cpu"
-) -> Case:
-    """The same with (a, b, c) = (1, 2, 3/2): x* = y* = 3/2, where the constraint is active with multiplier 0."""
-    return _scalar("coupled_scalar_degenerate", a, b, c, dtype, device)
-
-
-@register("coupled_scalar_shifted", "scalar, y <= x active, both targets beyond it", "exact", "constraints", "lv_hba")
-def coupled_scalar_shifted(
-    *, a: float = 0.5, b: float = 0.0, c: float = 1.0, dtype: torch.dtype = torch.float64, device: str = "cpu"
-) -> Case:
-    """The same with (a, b, c) = (1/2, 0, 1): x* = y* = 1/4, multiplier 3/4."""
-    return _scalar("coupled_scalar_shifted", a, b, c, dtype, device)
+_register_scalar("coupled_scalar_active", "active at the solution", (0.0, 1.0, 2.0))  # x* = y* = 1/2, multiplier 3/2
+_register_scalar("coupled_scalar_inactive", "inactive at the solution", (3.0, 0.0, 1.0))  # x* = 3, y* = 1, multiplier 0
+_register_scalar("coupled_scalar_degenerate", "active without force", (1.0, 2.0, 1.5))  # x* = y* = 3/2, multiplier 0
+_register_scalar("coupled_scalar_shifted", "active, both targets beyond it", (0.5, 0.0, 1.0))  # x* = y* = 1/4, 3/4
 
 
 # One equation that couples all variables; y2 enters the lower level through its sum only.
@@ -133,14 +87,14 @@ def _sum(name: str, upper: Level, answer: tuple[float, float, float], n: int, dt
     def total(x: Tensor, y: dict[str, Tensor]) -> Tensor:
         return x.sum() + y["y1"].sum() + y["y2"].sum()
 
-    return _case(
+    return answered(
         name,
         upper,
         lower,
         (0 * ones, {"y1": 0 * ones, "y2": 0 * ones}),
         (answer[0] * ones, {"y1": answer[1] * ones, "y2": answer[2] * ones}),
-        {"lower_equality": -torch.ones((), dtype=dtype, device=device)},
-        "convex",
+        lower_class="convex",
+        multipliers_star={"lower_equality": -torch.ones((), dtype=dtype, device=device)},
         lower_equality=total,
         joint_set=Affine((ones[None], {"y1": ones[None], "y2": ones[None]})),
     )
@@ -187,14 +141,14 @@ def coupled_segment(*, dtype: torch.dtype = torch.float64, device: str = "cpu") 
         return 0.5 * (y.sum() - x) ** 2
 
     zeros = torch.zeros(2, dtype=dtype, device=device)
-    return _case(
+    return answered(
         "coupled_segment",
         upper,
         lower,
         (zeros[0].clone(), zeros),
         (zeros.new_tensor(2.5), zeros.new_tensor([1.0, 1.5])),
-        {"lower_inequality": zeros[0].clone()},
-        "convex",
+        lower_class="convex",
+        multipliers_star={"lower_inequality": zeros[0].clone()},
         lower_inequality=lambda x, y: y[0] - 1,
         joint_set=HalfSpace((None, zeros.new_tensor([1.0, 0.0])), 1.0),
     )
@@ -222,14 +176,14 @@ def _waves(name: str, start: float, dtype: torch.dtype, device: str) -> Case:
         return (y - 2 * x) ** 2
 
     minima = [place(root_scalar(_wave_slope, bracket=bracket, xtol=1e-15).root) for bracket in _BRACKETS]
-    return _case(
+    return answered(
         name,
         upper,
         lower,
         (place(start), place(start)),
         (minima[0], minima[0].clone()),
-        {"lower_inequality": 2 * minima[0]},
-        "strongly convex",
+        lower_class="strongly convex",
+        multipliers_star={"lower_inequality": 2 * minima[0]},
         source="y* = x in closed form; the minima of F by bracketing its derivative",
         local_minima=tuple(minima[1:]),
         upper_set=Box(0.0, 3.0),
@@ -307,14 +261,14 @@ def coupled_polyhedral(
     def lower(x: Tensor, y: Tensor) -> Tensor:
         return 0.5 * ((y - p_ @ x) ** 2).sum()
 
-    return _case(
+    return answered(
         "coupled_polyhedral",
         upper,
         lower,
         (torch.zeros_like(target_x), torch.zeros_like(target_y)),
         (place(x), place(y)),
-        {"lower_inequality": place(multipliers)},
-        "strongly convex",
+        lower_class="strongly convex",
+        multipliers_star={"lower_inequality": place(multipliers)},
         source="drawn at random; the answer by enumeration of active sets",
         lower_inequality=lambda x, y: b_ @ x + a_ @ y - offset,
     )

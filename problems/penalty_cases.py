@@ -9,13 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem
-from constrained import Box, ConvexSet, WholeSpace
-from problems.case import Case, OracleCounter
+from constrained import Box
+from problems.case import Case, answered
 from problems.registry import register
 
 Level = Callable[[Tensor, Tensor], Tensor]
 Minimizer = Callable[[float], Tensor]
+
+PENALIZED = "closed form, with and without a penalty"
 
 
 @register("many_solutions", "a line of lower solutions, which the upper level does not tell apart", "exact", "penalty")
@@ -89,7 +90,16 @@ def _line(name: str, a: Tensor, upper: Level, x_star: Tensor, y_star: Tensor, mi
         return 0.5 * (a @ y - x) ** 2
 
     start = torch.zeros_like(x_star), torch.zeros_like(a)
-    return _case(name, upper, lower, start, (x_star, y_star), minimizer)
+    return answered(
+        name,
+        upper,
+        lower,
+        start,
+        (x_star, y_star),
+        source=PENALIZED,
+        lower_class="convex",
+        x_penalized=minimizer,
+    )
 
 
 @register("nonconvex_lower", "a nonconvex lower level without other stationary points", "exact", "penalty")
@@ -117,7 +127,7 @@ def _nonconvex(name: str, y0: float, dtype: torch.dtype, device: str) -> Case:
     zero = torch.zeros((), dtype=dtype, device=device)
     best = torch.full_like(zero, 2 / 3)
     start = zero, torch.full_like(zero, y0)
-    return _case(name, upper, lower, start, (best, best.clone()), None, lower_class="nonconvex")
+    return answered(name, upper, lower, start, (best, best.clone()), lower_class="nonconvex")
 
 
 @register("discontinuous", "a hyper-objective with a jump at its minimizer", "exact", "penalty", "lower-set")
@@ -134,43 +144,14 @@ def discontinuous(*, start: float = 1.0, dtype: torch.dtype = torch.float64, dev
         return x * y
 
     zero = torch.zeros((), dtype=dtype, device=device)
-    return _case(
+    return answered(
         "discontinuous",
         upper,
         lower,
         (torch.full_like(zero, start), zero),
         (zero.clone(), zero.clone()),
-        lambda sigma: zero.clone(),
+        source=PENALIZED,
+        lower_class="convex",
+        x_penalized=lambda sigma: zero.clone(),
         lower_set=Box(-1.0, 1.0),
-    )
-
-
-def _case(
-    name: str,
-    upper: Level,
-    lower: Level,
-    start: tuple[Tensor, Tensor],
-    best: tuple[Tensor, Tensor],
-    minimizer: Minimizer | None,
-    *,
-    lower_set: ConvexSet | None = None,
-    lower_class: str = "convex",
-) -> Case:
-    counter = OracleCounter()
-    return Case(
-        name=name,
-        problem=BilevelProblem(
-            counter.watch("upper", upper),
-            counter.watch("lower", lower),
-            lower_set=WholeSpace() if lower_set is None else lower_set,
-            name=name,
-        ),
-        start=start,
-        source="closed form" + ("" if minimizer is None else ", with and without a penalty"),
-        x_star=best[0],
-        y_star=best[1],
-        upper_star=float(upper(*best)),
-        x_penalized=minimizer,
-        lower_class=lower_class,
-        counter=counter,
     )

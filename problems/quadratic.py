@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem
 from implicit import tree
-from problems.case import Case, OracleCounter
+from problems.case import Case, answered
 from problems.registry import register
 
 
@@ -66,21 +65,15 @@ def _build(n: int, m: int, condition: float, seed: int, dtype: torch.dtype, devi
     def shape_y(q: Tensor) -> tree.Tree:
         return {"a": q[:4].reshape(2, 2), "rest": [{"b": q[4:]}]} if split else q
 
-    counter = OracleCounter()
-    return Case(
-        name="quadratic",
-        problem=BilevelProblem(counter.watch("upper", upper), counter.watch("lower", lower), name="quadratic"),
-        start=(
-            shape_x(torch.zeros(n, dtype=dtype, device=device)),
-            shape_y(torch.zeros(m, dtype=dtype, device=device)),
-        ),
+    return answered(
+        "quadratic",
+        upper,
+        lower,
+        (shape_x(torch.zeros_like(x_star)), shape_y(torch.zeros_like(y_star))),
+        (shape_x(x_star), shape_y(y_star)),
         source="closed form: y* = H^-1 (B x + c), grad F affine in x",
-        x_star=shape_x(x_star),
-        y_star=shape_y(y_star),
-        upper_star=float(upper(shape_x(x_star), shape_y(y_star))),
-        x_penalized=x_penalized,
         lower_class="strongly convex",
-        counter=counter,
+        x_penalized=x_penalized,
     )
 
 

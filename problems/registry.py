@@ -74,7 +74,7 @@ def entry(name: str) -> Entry:
     if plain(name) in known:
         return known[plain(name)]
     close = difflib.get_close_matches(plain(name), known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     bilevel = entries()
     single = sorted(key for key, value in bilevel.items() if "bolib" not in value.tags)
     raise ValueError(

@@ -19,7 +19,6 @@ constraints in bilevel optimization", 2024, who bound the norms instead of prici
 """
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,8 +28,9 @@ from torch.nn.functional import softplus
 from bilevel import BilevelProblem, Solution
 from constrained import Box
 from problems.case import Case, OracleCounter, Report
-from problems.datasets import Dataset, load, split, standardize
+from problems.datasets import load
 from problems.registry import register
+from problems.two_classes import LabelledRows, Parts, divide
 
 BOUNDS = (-9.0, -1.0)
 """Of every log-penalty; at the upper end of all nothing is left but the intercept."""
@@ -42,12 +42,8 @@ USED = 1e-3  # weights and norms below this count as left out
 Penalties = dict[str, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Standardized features ``(n, 30)`` and labels ``(n,)`` in {-1, 1}."""
-
-    features: Tensor
-    labels: Tensor
+class Rows(LabelledRows):
+    """Rows that ``{"weight": (30,), "intercept": ()}`` score."""
 
     def loss(self, y: dict[str, Tensor]) -> Tensor:
         """Mean logistic loss of ``{"weight": (..., 30), "intercept": (...,)}``, over the last axis."""
@@ -58,16 +54,6 @@ class Rows:
         """The share of labels that the sign of the score tells."""
         scores = self.features @ y["weight"] + y["intercept"]
         return float((self.labels * scores > 0).double().mean())
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """The rows of the three parts, and the set they are from."""
-
-    data: Dataset
-    train: Rows
-    valid: Rows
-    test: Rows
 
 
 @register(
@@ -134,16 +120,9 @@ def sparse_group_lasso(
     )
 
 
-def read(*, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Parts:
+def read(*, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Parts[Rows]:
     """The three parts of the breast-cancer data, standardized by the training rows."""
-    data = load("breast_cancer")
-    index = split(data.n_samples, (*SIZES, -1), torch.Generator().manual_seed(seed))
-    tables = standardize(*(data.features[part].to(torch.float64) for part in index))
-    rows = [
-        Rows(table.to(device=device, dtype=dtype), (2.0 * data.targets[part] - 1.0).to(device=device, dtype=dtype))
-        for table, part in zip(tables, index, strict=True)
-    ]
-    return Parts(data, *rows)
+    return divide(load("breast_cancer"), Rows, SIZES, seed=seed, dtype=dtype, device=device)
 
 
 def complete(y: dict[str, Tensor], tip: float) -> dict[str, Tensor]:
@@ -198,7 +177,7 @@ def _used(weight: Tensor) -> tuple[int, int]:
     return int((_squares(weight) > USED**2).sum()), int((weight.abs() > USED).sum())
 
 
-def _report(parts: Parts, solution: Solution, folder: Path) -> Report:
+def _report(parts: Parts[Rows], solution: Solution, folder: Path) -> Report:
     like = parts.train.features
     ends = START + torch.linspace(-2, 2, 5, dtype=like.dtype, device=like.device)
     pairs = torch.cartesian_prod(ends, ends)

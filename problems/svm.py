@@ -18,7 +18,6 @@ need not gain: the report states both.
 """
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,8 +27,9 @@ from torch.nn.functional import softplus
 from bilevel import BilevelProblem, Solution
 from constrained import Box
 from problems.case import Case, OracleCounter, Report
-from problems.datasets import Dataset, load, split, standardize
+from problems.datasets import load
 from problems.registry import register
+from problems.two_classes import LabelledRows, Parts, divide
 
 BOUNDS = (-6.0, 2.0)
 """Of every x_i: from a machine that hardly looks at an example to one that hardly tolerates its slack."""
@@ -41,12 +41,8 @@ SLOPE, SHARPNESS, STEEPNESS = 0.01, 20.0, 5.0
 Machine = dict[str, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Features ``(n, d)`` and labels ``(n,)`` in {-1, 1}."""
-
-    features: Tensor
-    labels: Tensor
+class Rows(LabelledRows):
+    """Rows that a machine ``{"w": (d,), "b": ()}`` separates."""
 
     def margins(self, y: Machine) -> Tensor:
         """``l_i (a_i'w + b)``."""
@@ -62,16 +58,6 @@ class Rows:
     def accuracy(self, y: Machine) -> float:
         """The share of rows on their side of the hyperplane."""
         return float((self.margins(y) > 0).double().mean())
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """The rows of the three parts, and the set they are from."""
-
-    data: Dataset
-    train: Rows
-    valid: Rows
-    test: Rows
 
 
 @register(
@@ -109,7 +95,8 @@ def svm_penalties(
     Raises:
         ValueError: for a set without two classes, or parts that need more rows than there are.
     """
-    return _build("svm_penalties", dataset, data_dir, train, valid, seed, dtype, device)
+    parts = read(dataset, data_dir=data_dir, train=train, valid=valid, seed=seed, dtype=dtype, device=device)
+    return _build("svm_penalties", parts)
 
 
 @register(
@@ -124,20 +111,11 @@ def svm_penalties_german(
     *, data_dir: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> Case:
     """``svm_penalties`` with 500, 250 and 250 of the 1000 rows with 24 features of ``german_numer_scaled``."""
-    return _build("svm_penalties_german", "german_numer_scaled", data_dir, None, None, seed, dtype, device)
+    parts = read("german_numer_scaled", data_dir=data_dir, seed=seed, dtype=dtype, device=device)
+    return _build("svm_penalties_german", parts)
 
 
-def _build(
-    name: str,
-    dataset: str,
-    data_dir: str | None,
-    train: int | None,
-    valid: int | None,
-    seed: int,
-    dtype: torch.dtype,
-    device: str,
-) -> Case:
-    parts = read(dataset, data_dir=data_dir, train=train, valid=valid, seed=seed, dtype=dtype, device=device)
+def _build(name: str, parts: Parts[Rows]) -> Case:
     x0 = torch.full_like(parts.train.labels, START)
     counter = OracleCounter()
 
@@ -180,35 +158,25 @@ def read(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
-) -> Parts:
+) -> Parts[Rows]:
     """The three parts of a data set; arguments as for :func:`svm_penalties`.
 
     Raises:
         ValueError: for a set without two classes, or parts that need more rows than there are.
     """
     data = load(dataset, data_dir=data_dir)
-    if data.n_classes != 2:
-        raise ValueError(f"dataset={dataset!r} must have two classes; diabetes_scaled and breast_cancer do")
-    sizes = SPLITS.get(dataset, (data.n_samples // 2, data.n_samples // 4))
-    count, held = (size if given is None else given for given, size in zip((train, valid), sizes, strict=True))
-    index = split(data.n_samples, (count, held, -1), torch.Generator().manual_seed(seed))
-    features = [data.features[part].to(torch.float64) for part in index]
-    if not dataset.endswith("_scaled"):
-        features = list(standardize(*features))
-    rows = [
-        Rows(table.to(device=device, dtype=dtype), (2.0 * data.targets[part] - 1.0).to(device=device, dtype=dtype))
-        for table, part in zip(features, index, strict=True)
-    ]
-    if any(bool((part.labels == part.labels[0]).all()) for part in rows):
-        raise ValueError(f"a part of {dataset} with {count}, {held} and {len(index[2])} rows has one class only")
-    return Parts(data, *rows)
+    usual = SPLITS.get(data.name, (data.n_samples // 2, data.n_samples // 4))
+    sizes = usual[0] if train is None else train, usual[1] if valid is None else valid
+    scale = not data.name.endswith("_scaled")
+    return divide(data, Rows, sizes, scale=scale, seed=seed, dtype=dtype, device=device)
 
 
 def fit(train: Rows, x: Tensor) -> Machine:
     """The machine for the log-penalties x, by Newton's method on the loss without slacks, to rounding.
 
     With the slacks eliminated, |w|²/2 + sum_i exp(x_i) max(0, 1 - margin_i)²/2 has d + 1 variables, and its gradient is
-    piecewise linear.
+    piecewise linear. Rounding is relative to the largest that the terms of the gradient add up to at zero, where all
+    slacks are one.
 
     Raises:
         RuntimeError: if the gradient does not fall to rounding.
@@ -227,21 +195,23 @@ def fit(train: Rows, x: Tensor) -> Machine:
 
     v = torch.zeros_like(ridge)
     slack, slope = derivative(v)
-    tolerance = 100 * torch.finfo(v.dtype).eps * float(weights.sum())
+    rounding = 100 * torch.finfo(v.dtype).eps
+    tolerance = rounding * float((signed.abs().T @ weights).max())
     for _ in range(100):
         if float(slope.abs().max()) <= tolerance:
             return {"w": v[:-1], "b": v[-1], "slack": slack}
         active = weights * (slack > 0)
         step = torch.linalg.solve(torch.diag(ridge) + signed.T @ (active[:, None] * signed), slope)
         size, before, decrease = 1.0, value(v), float(slope @ step)
-        while float(value(v - size * step) - before) > 1e-3 * tolerance - 1e-4 * size * decrease and size > 1e-8:
+        # Values that rounding makes equal are no reason to shorten a step: the slope has half as many digits to go.
+        while float(value(v - size * step) - before) > rounding * float(before) - 1e-4 * size * decrease:
             size *= 0.5
         v = v - size * step
         slack, slope = derivative(v)
     raise RuntimeError(f"the machine was not found: its gradient is {float(slope.abs().max()):.3g}")
 
 
-def _report(parts: Parts, solution: Solution, folder: Path) -> Report:
+def _report(parts: Parts[Rows], solution: Solution, folder: Path) -> Report:
     grid = torch.linspace(*BOUNDS, 17).tolist()
     machines = {c: fit(parts.train, torch.full_like(parts.train.labels, c)) for c in (START, *grid)}
     common = min(grid, key=lambda c: float(parts.valid.loss(machines[c])))

@@ -534,6 +534,17 @@ def test_a_worker_that_dies_is_named() -> None:
         run_plan(plan, kind="bilevel", jobs=2)
 
 
+def test_processes_leave_ctrl_c_to_the_first_one() -> None:
+    plan = Plan(sources=(Source("curious", _blocked),), entrants=(Entrant("auto", None),))
+    found = run_plan(plan, kind="bilevel", jobs=2)
+    assert "SIGINT blocked: True" in found.trials[0].message
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def _blocked(seed: int | None) -> Any:
+    raise ValueError(f"SIGINT blocked: {signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])}")
+
+
 def _leave(parent: int, seed: int | None) -> Any:
     assert os.getpid() != parent
     os._exit(3)
@@ -676,10 +687,12 @@ def test_processes_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(one) == 4
 
 
-def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
-    """Exit code 0, what is done is written, and --resume goes on."""
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_on_the_command_line(jobs: int, tmp_path: Path) -> None:
+    """Exit code 0, what is done is written, and --resume goes on; a terminal sends it to all processes."""
     command = (
-        "compare quadratic --algorithms ImplicitGradient,Penalty --set Penalty.rtol=0 --max-steps 100000000 --out c"
+        "compare quadratic --algorithms ImplicitGradient,Penalty --set Penalty.rtol=0 --max-steps 100000000 --out c "
+        f"--jobs {jobs}"
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "bilevel", *command.split()],
@@ -688,16 +701,18 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     journal, end = tmp_path / "c" / "compare.jsonl", time.monotonic() + 120
     while not (journal.exists() and len(journal.read_text().splitlines()) == 2):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "1 more runs are missing" in out
+    assert "Traceback" not in err
+    assert "1 more run is missing" in out
     assert "--resume" in err
     assert [row["algorithm"] for row in data(str(tmp_path / "c"))["runs"]] == ["ImplicitGradient"]
     assert data(str(tmp_path / "c"))["missing"] == 1

@@ -677,12 +677,12 @@ def build(objective=None, constraints=(), parameters=None, variables=None, **att
 
 
 def complex_problem():
-    x, p = cp.Variable(2, complex=True), cp.Parameter(2)
+    x, p = cp.Variable(2, name="x", complex=True), cp.Parameter(2)
     return Layer(cp.Problem(cp.Minimize(cp.sum_squares(x - p))), parameters=[p], variables=[x])
 
 
 def integer_problem():
-    x, p = cp.Variable(2, integer=True), cp.Parameter(2)
+    x, p = cp.Variable(2, name="x", integer=True), cp.Parameter(2)
     return Layer(cp.Problem(cp.Minimize(cp.sum_squares(x - p))), parameters=[p], variables=[x])
 
 
@@ -702,8 +702,9 @@ OTHER, FOREIGN = cp.Parameter(name="q"), cp.Variable(name="w")
 VALUE_ERRORS = [
     (lambda: build(lambda x, p: cp.Minimize(-cp.sum_squares(x - p))), "the problem is not convex by cvxpy's rules"),
     (lambda: build(lambda x, p: cp.Minimize(cp.sum_squares(x) + p[0] * p[1] * x[0])), "the problem is not DPP"),
-    (integer_problem, "the problem has integer or boolean variables"),
-    (complex_problem, "the problem has complex variables or parameters"),
+    (integer_problem, "the problem has integer or boolean variables, whose solutions have no derivatives: x"),
+    (lambda: build(constraints=[cp.FiniteSet(FOREIGN, [0, 1])]), "have no derivatives: FiniteSet(w"),
+    (complex_problem, "the problem has complex variables or parameters: write real and imaginary parts of x as two"),
     (structured_parameter, "parameter p is declared symmetric: declare it without"),
     (power_cone, "the problem compiles to power cones, which have no derivative here"),
     (lambda: build(parameters=lambda p: [p, OTHER]), "parameters: q do not occur in the problem"),

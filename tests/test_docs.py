@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+import bilevel
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,6 +64,17 @@ def test_the_readme_shell_commands_work(tmp_path: Path) -> None:
     assert "CONVERGED" in done.stdout
     written = {p.name for p in tmp_path.rglob("runs/*/*")}
     assert {"result.json", "history.jsonl", "convergence.png", "solution.safetensors"} <= written
+
+
+def test_the_readme_toll_is_what_its_comment_says() -> None:
+    scope: dict[str, Any] = {"__name__": "example"}
+    (code,) = (code for _, code in blocks(ROOT / "README.md", "python") if "toll" in code)
+    assert "a toll of 1.5, 37.5 % of the cars" in code
+    exec(compile(code, "README.md", "exec"), scope)
+    solution = scope["solution"]
+    torch.testing.assert_close(solution.x, torch.tensor(1.5, dtype=torch.float64))
+    torch.testing.assert_close(solution.y, torch.tensor([0.375, 0.625], dtype=torch.float64))
+    assert solution.choice and bilevel.verify(scope["problem"], solution.x, solution.y).accepted
 
 
 def test_the_readme_first_command_runs_an_existing_case() -> None:

@@ -276,14 +276,17 @@ def quadratic(*rows: Any, objective: Any = PLAIN) -> cp.Problem:
         (quadratic(cp.Variable(2) >= Z), [P], ValueError, r"shape \(2,\) has no name, .* name='w'"),
         (quadratic(cp.Variable(2, name="z") >= Z), [P], ValueError, "two variables have the name 'z'"),
         (quadratic(cp.Variable(2, name="auxiliary") >= Z), [P], ValueError, "'auxiliary', the key of what compilation"),
-        (quadratic(cp.Variable(2, name="b", boolean=True) >= Z), [P], ValueError, "integer or boolean variables"),
-        (quadratic(cp.Variable(2, name="i", integer=True) >= Z), [P], ValueError, "integer or boolean variables"),
-        (quadratic(objective=cp.Maximize(cp.sum_squares(Z - P))), [P], ValueError, "not convex by cvxpy's rules"),
+        (quadratic(cp.Variable(2, name="b", boolean=True) >= Z), [P], ValueError, "boolean variables, .*: b$"),
+        (quadratic(cp.Variable(2, name="i", integer=True) >= Z), [P], ValueError, "integer .*: i$"),
+        (quadratic(cp.FiniteSet(Z, [0, 1, 2])), [P], ValueError, r"integer or boolean variables, .*: FiniteSet\(z"),
+        (quadratic(cp.Variable(2, name="c", complex=True) == Z), [P], ValueError, "complex .* parts of c as two"),
+        (quadratic(objective=cp.Maximize(cp.sum_squares(Z - P))), [P], ValueError, "not convex .* in maximize quad"),
+        (quadratic(Z <= 9, cp.sum_squares(Z) >= 1), [P], ValueError, r"not convex .* in 1.0 <= quad_over_lin\(z"),
         (quadratic(cp.quad_form(Z, cp.diag(cp.pos(P))) <= 1), [P], ValueError, r"not (DPP|convex)"),
         (quadratic(P[0] * P[1] + Z[0] <= 1), [P], ValueError, r"not (DPP|convex)"),
         (quadratic(cp.sum(cp.exp(Z)) <= 9), [P], ValueError, r"exponential cones \(exp, .*implicit.cvx.Layer"),
         (quadratic(cp.lambda_max(cp.diag(Z)) <= 9), [P], ValueError, "semidefinite cones .*implicit.cvx.Layer"),
-        (quadratic(Z >= 1, Z <= 0), [P], SolveError, "infeasible"),
+        (quadratic(Z >= 1, Z <= 0), [P], SolveError, "at the values of the parameters p, .* infeasible"),
         (quadratic(objective=cp.Minimize(P @ Z)), [P], SolveError, "unbounded"),
     ],
 )
@@ -293,12 +296,14 @@ def test_refusals(problem: Any, parameters: Any, error: type[Exception], message
 
 
 def test_more_refusals() -> None:
-    silent = cp.Parameter(2)
-    with pytest.raises(ValueError, match=r"parameters q have no value: set \.value"):
+    silent = cp.Parameter(2, name="silent")
+    with pytest.raises(ValueError, match=r"parameters\['q'\], silent, has no value: set \.value"):
         bilevel.from_cvxpy(cp.Problem(cp.Minimize(cp.sum_squares(Z - silent))), parameters={"q": silent}, upper=nothing)
     for name in ("lower_set", "lower_data", "regularizer"):
         with pytest.raises(TypeError, match=f"{name} comes from the cvxpy problem"):
             bilevel.from_cvxpy(quadratic(), parameters=[P], upper=nothing, **{name: None})
+    with pytest.raises(TypeError, match="no argument uper_set"):
+        bilevel.from_cvxpy(quadratic(), parameters=[P], upper=nothing, uper_set=None)
     problem = bilevel.from_cvxpy(quadratic(), parameters=[P], upper=nothing)
     with pytest.raises(ValueError, match=r"x\[0\] has shape \(3,\), cvxpy declares \(2,\)"):
         problem.lower([torch.ones(3).double()], problem.start[1])

@@ -224,7 +224,7 @@ def test_names_are_forgiving(name: str) -> None:
 def test_unknown_names_get_a_suggestion() -> None:
     with pytest.raises(ValueError, match=r"unknown case 'quadratc'; did you mean quadratic\? Known: box, box_active"):
         problems.case("quadratc")
-    with pytest.raises(ValueError, match=r"unknown case 'zzz'.* Known: .*ridge_penalties"):
+    with pytest.raises(ValueError, match=r"unknown case 'zzz'\. Known: .*ridge_penalties"):
         problems.entry("zzz")
 
 

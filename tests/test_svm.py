@@ -101,6 +101,36 @@ def test_the_machine_is_found_at_the_ends_of_the_box(parts: svm.Parts) -> None:
         torch.testing.assert_close(torch.cat([machine["w"], machine["b"][None], machine["slack"]]), solved.x)
 
 
+def assert_solved(train: svm.Rows, x: Tensor) -> None:
+    """The optimality conditions of the machine, to rounding of the largest their terms can be."""
+    machine = svm.fit(train, x)
+    margins = train.labels * (train.features @ machine["w"] + machine["b"])
+    torch.testing.assert_close(machine["slack"], (1 - margins).clamp(min=0), rtol=0, atol=1e-12)
+    force = torch.exp(x) * machine["slack"] * train.labels
+    bound = 1e-13 * float(torch.exp(x).sum()) * max(1.0, float(train.features.abs().max()))
+    assert float((machine["w"] - train.features.T @ force).abs().max()) < bound
+    assert abs(float(force.sum())) < bound
+
+
+@pytest.mark.parametrize("seed", [1661, 3673, 8372, 11409, 12412, 18425])
+def test_the_machine_is_found_between_opposite_ends_of_the_box(seed: int) -> None:
+    # For these, values that rounding makes equal come before a gradient of zero.
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(500, 8, generator=generator).clamp(-1, 1)
+    labels = torch.where(features[:, 0] + torch.randn(500, generator=generator) > 0, 1.0, -1.0)
+    x = torch.where(torch.rand(500, generator=generator) < 0.5, *svm.BOUNDS)
+    assert_solved(svm.Rows(features, labels), x)
+
+
+@pytest.mark.parametrize("seed", [1006, 2206, 4018])
+def test_the_machine_is_found_where_full_steps_go_round_in_circles(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(20, 2, generator=generator) * (5 * torch.rand(20, 1, generator=generator))
+    labels = torch.where(features[:, 0] + torch.randn(20, generator=generator) > 0, 1.0, -1.0)
+    x = torch.where(torch.rand(20, generator=generator) < 0.5, *svm.BOUNDS)
+    assert_solved(svm.Rows(features, labels), x)
+
+
 def test_the_case_is_declared_consistently(small: problems.Case, parts: svm.Parts) -> None:
     small.problem.validate(*small.start)
     x0, y0 = small.start
@@ -214,6 +244,18 @@ def test_the_real_sets(name: str, sizes: tuple[int, int, int]) -> None:
     case.problem.validate(*case.start)
     assert 0.65 < parts.test.accuracy(case.start[1]) < 0.85
     assert torch.equal(case.problem.lower_inequality(*case.start) <= 1e-12, torch.ones(500, dtype=torch.bool))
+
+
+@needs_data
+@pytest.mark.parametrize("dataset", list(svm.SPLITS))
+def test_the_machine_is_found_all_over_the_box(dataset: str) -> None:
+    for seed in (6, 19, 77):
+        parts = svm.read(dataset, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(10):
+            x = draw(500, generator)
+            assert_solved(parts.train, x)
+            assert_solved(parts.train, torch.where(x > draw(500, generator), *svm.BOUNDS))
 
 
 @needs_data

@@ -1,6 +1,6 @@
 """What cvxpy problems may be declared for differentiation, and how cvxpy compiles them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,10 +62,18 @@ def check_problem(problem: Any, parameters: Sequence[Any], variables: Sequence[A
     missing = [p.name() for p in problem.parameters() if p.id not in {g.id for g in parameters}]
     if missing:
         raise ValueError(f"the problem also has the parameters {', '.join(missing)}: list all of them in `parameters`")
-    if problem.is_mixed_integer():
-        raise ValueError("the problem has integer or boolean variables, whose solutions have no derivatives")
-    if any(leaf.is_complex() for leaf in [*problem.variables(), *problem.parameters()]):
-        raise ValueError("the problem has complex variables or parameters: write real and imaginary parts as two")
+    whole = [v.name() for v in problem.variables() if _attributes(v, ("boolean", "integer"))]
+    whole += [str(c) for c in problem.constraints if isinstance(c, cvxpy.FiniteSet)]
+    if whole:
+        raise ValueError(
+            f"the problem has integer or boolean variables, whose solutions have no derivatives: {', '.join(whole)}"
+        )
+    parts = [leaf.name() for leaf in [*problem.variables(), *problem.parameters()] if leaf.is_complex()]
+    if parts:
+        raise ValueError(
+            "the problem has complex variables or parameters: write real and imaginary parts of "
+            f"{', '.join(parts)} as two"
+        )
     for p in parameters:
         structured = _attributes(p, SHAPES)
         if structured:
@@ -74,9 +82,16 @@ def check_problem(problem: Any, parameters: Sequence[Any], variables: Sequence[A
                 "expression (such as cvxpy.diag(p))"
             )
     if not problem.is_dcp():
-        raise ValueError("the problem is not convex by cvxpy's rules (problem.is_dcp() is False): see dcp.stanford.edu")
+        where = _first(problem, lambda part: not part.is_dcp())
+        raise ValueError(f"the problem is not convex by cvxpy's rules in {where}: see dcp.stanford.edu")
     if not problem.is_dpp():
+        where = _first(problem, lambda part: not part.is_dcp(dpp=True))
         raise ValueError(
-            "the problem is not DPP (problem.is_dpp() is False), so that its data are not affine in the parameters: "
-            "keep products of parameters out, for instance by a new parameter for each product"
+            f"the problem is not DPP in {where}, so that its data are not affine in the parameters: keep products of "
+            "parameters out, for instance by a new parameter for each product"
         )
+
+
+def _first(problem: Any, wrong: Callable[[Any], bool]) -> str:
+    """The objective or the first constraint that is ``wrong``, in cvxpy's words."""
+    return str(next(part for part in (problem.objective, *problem.constraints) if wrong(part)))
