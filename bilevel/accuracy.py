@@ -58,10 +58,10 @@ def solve_lower(
     return tree.unravel(state.point, y)
 
 
-def twice_differentiable(oracle: Oracle, x: Tree, y: Tree) -> bool:
-    """Whether the lower objective's backward pass can be differentiated; some fused kernels refuse."""
+def twice_differentiable(oracle: Oracle, x: Tree, y: Tree, level: str = "lower") -> bool:
+    """Whether the backward pass of the objective of ``level`` can be differentiated; some fused kernels refuse."""
     try:
-        graph = oracle.graph(x, y)
+        graph = GradientGraph(getattr(oracle, level), x, y)
         graph.joint(graph.gradient)
     except (RuntimeError, ValueError):  # the engine explains torch's refusal by a ValueError
         return False

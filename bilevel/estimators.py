@@ -4,8 +4,11 @@ An estimate is a tree shaped like what it estimates, so it can be kept in any st
 refused.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from implicit import tree
 from implicit.tree import Tree
@@ -51,10 +54,10 @@ class Momentum:
 class Storm:
     """Recursive momentum ``d_k = q(v_k; s_k) + (1 - eta_k) (d_{k-1} - q(v_{k-1}; s_k))``, the same sample s_k at both.
 
-    With ``eta_k = min(1, weight (k + 1)^(-exponent))``. At the first step the estimate is the sample itself as long
-    as ``weight >= 1``. Where the oracle is exact the estimate stays exact: ``d_k = q(v_k)``. On samples its error obeys
-    ``e_k = (1 - eta_k) e_{k-1}`` plus noise of the size of the *step*, which small steps make small. A weight of one
-    (``exponent=0``) is no momentum, and costs one evaluation instead of two.
+    With ``eta_k = min(1, weight (k + 1)^(-exponent))``. The first estimate is the sample itself. Where the oracle is
+    exact the estimate stays exact: ``d_k = q(v_k)``. On samples its error obeys ``e_k = (1 - eta_k) e_{k-1}`` plus
+    noise of the size of the *step*, which small steps make small. A weight of one (``exponent=0``) is no momentum, and
+    costs one evaluation instead of two.
 
     Source: Cutkosky and Orabona 2019, "Momentum-based variance reduction in non-convex SGD".
 
@@ -93,14 +96,14 @@ class Storm:
         return min(1.0, self.weight * (step + 1.0) ** -self.exponent)
 
     def init(self, like: Tree) -> Tree:
-        """Zeros shaped like the values of the oracle."""
-        return tree.zeros_like(like)
+        """NaN, shaped like the values of the oracle: no estimate yet."""
+        return tree.map(lambda leaf: torch.full_like(leaf, math.nan), like)
 
     def update(self, estimate: Tree, oracle: Callable[[Tree], Tree], point: Tree, before: Tree, step: int) -> Tree:
         """The estimate at ``point``.
 
         Args:
-            estimate: the one at ``before``.
+            estimate: the one at ``before``; one that is not finite is replaced by the sample.
             oracle: a tree of points to a tree of values, on *one* sample: it is called at both points.
             point: where the estimate is wanted.
             before: the point of the last update. The caller keeps it, since estimates can share it.
@@ -113,4 +116,6 @@ class Storm:
         fresh = oracle(point)
         if eta == 1.0:
             return fresh
-        return tree.axpy(1.0 - eta, tree.sub(estimate, oracle(before)), fresh)
+        moved = tree.axpy(1.0 - eta, tree.sub(estimate, oracle(before)), fresh)
+        # A run whose first step was refused still has no estimate: from zero it would be too small for long.
+        return tree.where(tree.all_finite(estimate), moved, fresh)

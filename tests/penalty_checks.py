@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import bilevel
 import problems
+from bilevel.algorithms.penalty_bias import kink
 from implicit import tree
 from tests import penalty_reference as reference
 from tests.penalty_reference import Setting
@@ -99,3 +101,21 @@ def reaches(name: str, kind: Any = bilevel.Penalty, **settings: Any) -> bilevel.
     assert case.distance(found) <= 1e-2 * (1.0 + float(torch.as_tensor(case.x_star).norm()))
     assert bilevel.verify(case.problem, found.x, found.y).accepted
     return found
+
+
+def tells_kinks_from_slopes(find: Any = kink) -> None:
+    """``find`` on the hypergradients of |x_0| + x_1^2 / 2 and of |x|^2 / 2."""
+    problem = bilevel.BilevelProblem(lambda x, y: x.sum() + y, lambda x, y: y**2)
+
+    def ridge(x: Tensor) -> Tensor:
+        return torch.stack([x[0].sign(), x[1]])
+
+    x = torch.tensor([1e-3, 0.0])
+    found = find(problem, ridge, x, ridge(x), 1e-4, 1e-6)
+    assert found is not None
+    assert 1e-3 <= found[0] <= 1.02e-3  # the interval in which it turns has been halved six times
+    assert found[1] < 1e-12
+    assert find(problem, lambda x: x, x, x, 1e-4, 1e-2) is None  # smooth, and stationary at 0
+    assert find(problem, torch.ones_like, x, torch.ones(2), 1e-4, 1e-6) is None  # turns nowhere
+    tilted = x + torch.tensor([0.0, 0.5])
+    assert find(problem, ridge, tilted, ridge(tilted), 1e-4, 1e-2) is None  # a kink along which F falls

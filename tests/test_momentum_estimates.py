@@ -49,8 +49,8 @@ def test_storm_obeys_its_closed_recursion(weight: float, exponent: float, genera
         keep = torch.tensor(1.0)
         for i in range(k + 1, 6):
             keep = keep * (1.0 - etas[i])
-        stale = matrices[k] @ points[k - 1] if k else matrices[0] @ points[0]
-        expected = expected + keep * (matrices[k] @ points[k] - (1.0 - etas[k]) * stale)
+        stale = (1.0 - etas[k]) * matrices[k] @ points[k - 1] if k else torch.zeros(4)  # the first is the sample
+        expected = expected + keep * (matrices[k] @ points[k] - stale)
     assert apart(estimate, expected) < 1e-13
     assert [storm.eta(k) for k in range(6)] == etas
 

@@ -73,6 +73,20 @@ def with_shared(*names: str) -> Callable[[Any], None]:
     return run
 
 
+def with_central(module: Any) -> None:
+    with shared(module, "central_hypergradient"):
+        checks.follows_central("full")
+
+
+def with_descend(module: Any) -> None:
+    with shared(module, "descend"):
+        checks.follows_f2sa("full-sets")
+
+
+def with_kink(module: Any) -> None:
+    checks.tells_kinks_from_slopes(module.kink)
+
+
 def with_storm(module: Any) -> None:
     with (
         mock.patch("bilevel.algorithms.penalty_single_loop.penalty_storm", module),
@@ -239,6 +253,82 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[Any], None]]] = {
         "tree.sub(u, state.y), inner",
         on(checks.follows_single_loop, "full"),
     ),
+    "central: no factor p in G": (
+        SHARED,
+        "0.5 * p * (oracle.lower(q, y) - oracle.lower(q, w))",
+        "0.5 * (oracle.lower(q, y) - oracle.lower(q, w))",
+        with_central,
+    ),
+    "centre of z stays": (LOOP, "y=centre_y, z=centre_z", "y=centre_y, z=state.z", on(checks.follows_proximal, "full")),
+    "F2SA: z is never updated": (
+        SCHEDULES,
+        "z, _ = descend(problem, lambda q, o=pair.z: o.lower(x, q), z, gamma)",
+        "z = z",
+        on(checks.follows_f2sa, "full"),
+    ),
+    "F2SA: y and z swapped": (
+        SCHEDULES,
+        "hypergradient(pair, x, y, z, p)",
+        "hypergradient(pair, x, z, y, p)",
+        on(checks.follows_f2sa, "full"),
+    ),
+    "F2SA: no projection onto Y": (
+        SHARED,
+        "return problem.lower_set.project(tree.axpy(-step, slope, point)), slope",
+        "return tree.axpy(-step, slope, point), slope",
+        with_descend,
+    ),
+    "F3SA: no factor lambda in the y-step": (
+        SCHEDULES,
+        'tree.axpy(p, inner["g_y"], inner["f"])',
+        'tree.axpy(1.0, inner["g_y"], inner["f"])',
+        on(checks.follows_f3sa, "full"),
+    ),
+    "F3SA: grad g at z in the y-step": (
+        SCHEDULES,
+        'tree.axpy(p, inner["g_y"], inner["f"])',
+        'tree.axpy(p, inner["g_z"], inner["f"])',
+        on(checks.follows_f3sa, "full"),
+    ),
+    "F3SA: z is never updated": (
+        SCHEDULES,
+        'z = project(tree.axpy(-gamma, inner["g_z"], state.z))',
+        "z = state.z",
+        on(checks.follows_f3sa, "full"),
+    ),
+    "F3SA: no projection onto Y": (
+        SCHEDULES,
+        "storm, project = self.estimator, problem.lower_set.project",
+        "storm, project = self.estimator, lambda q: q",
+        on(checks.follows_f3sa, "full-sets"),
+    ),
+    "single loop: no projection onto Y": (
+        SINGLE,
+        "self.estimator, problem.lower_set.project, state.penalty",
+        "self.estimator, lambda q: q, state.penalty",
+        on(checks.follows_single_loop, "full-sets"),
+    ),
+    "single loop: u never moves": (
+        SINGLE,
+        "project(tree.axpy(-gamma, pull_u, u))",
+        "u",
+        on(checks.follows_single_loop, "full"),
+    ),
+    "single loop: centre of z follows w": (
+        SINGLE,
+        "z=tree.axpy(self.beta, tree.sub(u, state.z), state.z)",
+        "z=tree.axpy(self.beta, tree.sub(w, state.z), state.z)",
+        on(checks.follows_single_loop, "full"),
+    ),
+    "STORM: no grad_x g(x, z)": (
+        STORM,
+        'tree.sub(outer["g_y"], outer["g_z"])',
+        'outer["g_y"]',
+        with_storm,
+    ),
+    "kink: slopes pass for jumps": (BIAS, "if jump <= JUMP * turn:", "if False:", with_kink),
+    "kink: the wrong half is kept": (BIAS, "        if turned:\n", "        if not turned:\n", with_kink),
+    "kink: the hull is not looked at": (BIAS, "if shortest <= tolerance else None", "if True else None", with_kink),
     "STORM: the iterate before is not copied": (
         STORM,
         'tree.clone(dict(zip("xyz", point, strict=True)))',

@@ -8,6 +8,7 @@ import torch
 import bilevel
 import problems
 from bilevel import F2SA, Penalty, Proximal, SingleLoop
+from constrained import Box
 from implicit import tree
 from tests import penalty_checks as checks
 
@@ -66,10 +67,72 @@ def test_local_lower_solutions_are_not_claimed() -> None:
     assert start.success, start.message
 
 
+@pytest.mark.parametrize(("target", "weight", "status"), [(10.0, 1e-3, "STALLED"), (0.2, 0.05, "CONVERGED")])
+def test_a_small_gradient_far_from_the_solution_is_not_claimed(target: float, weight: float, status: str) -> None:
+    """The gradient at 0 is 0.01 both times, a tenth of the tolerance; the solution that it and the curvature predict
+    lies at 10, and at 0.2."""
+    problem = bilevel.BilevelProblem(lambda x, y: 0.5 * weight * (y - target) ** 2, lambda x, y: 0.5 * (y - x) ** 2)
+    zero = torch.tensor(0.0)
+    found = bilevel.solve(problem, Penalty(atol=0.1, step_size=0.01), zero, zero)
+    assert found.status.name == status
+    assert found.accuracy.distance == pytest.approx(2.0 * (target - float(found.x)), rel=1e-2)
+    if status == "STALLED":
+        assert "away from the solution that its slope and curvature predict; lower rtol" in found.message
+
+
+def rounded(x: torch.Tensor, y: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Mean squared distance of y from eight points that move with x, in a norm without second derivatives."""
+    points = torch.randn(8, 9, generator=torch.Generator().manual_seed(0))
+    return (torch.cdist(y[None], points + scale * x, p=3) ** 2).mean()
+
+
+def unrounded(x: torch.Tensor, y: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """The same with second derivatives."""
+    points = torch.randn(8, 9, generator=torch.Generator().manual_seed(0))
+    return (((y - points - scale * x).abs() ** 3).sum(1) ** (2 / 3)).mean()
+
+
+@pytest.mark.parametrize("level", ["upper", "lower"])
+def test_objectives_without_second_derivatives(level: str) -> None:
+    """A kernel of torch without a second derivative, in either level, against the same function written out."""
+
+    def build(distance: Any) -> bilevel.BilevelProblem:
+        if level == "upper":
+            return bilevel.BilevelProblem(
+                lambda x, y: distance(x, y, 0.1) + 0.5 * ((x - 1) ** 2).sum(), lambda x, y: ((y - x) ** 2).sum()
+            )
+        return bilevel.BilevelProblem(lambda x, y: ((y - 1) ** 2).sum() + 0.5 * (x**2).sum(), distance)
+
+    found = bilevel.solve(build(rounded), Penalty(rtol=1e-3), torch.zeros(9), torch.zeros(9))
+    assert found.success, found.message
+    assert any("no second derivatives" in note for note in found.accuracy.notes) == (level == "lower")
+    value = bilevel.singular_hypergradient(build(unrounded), found.x, found.y).value
+    assert float(value.norm()) == pytest.approx(found.accuracy.stationarity, rel=1e-2)
+    assert float(value.norm()) <= 1.1 * (found.accuracy.bias or 0.0) + 1e-2
+
+
+@pytest.mark.parametrize(
+    ("lower_set", "distance", "why"),
+    [
+        (None, rounded, "the lower level has no second derivatives"),
+        (Box(-1.0, 1.0), unrounded, "a lower set is declared"),
+    ],
+)
+def test_reports_on_minibatches_say_what_they_leave_out(lower_set: Any, distance: Any, why: str) -> None:
+    weights = {"w": torch.linspace(0.5, 1.5, 6)}
+    problem = bilevel.BilevelProblem(
+        lambda x, y: ((y - 1) ** 2).sum() + 0.5 * (x**2).sum(),
+        lambda x, y, *, batch: batch["w"].mean() * distance(x, y),
+        lower_data=bilevel.Batches(weights, 2),
+        **({} if lower_set is None else {"lower_set": lower_set}),
+    )
+    found = bilevel.solve(problem, Penalty(), torch.zeros(9), torch.zeros(9), max_steps=5)
+    assert found.accuracy.notes == (f"no hypergradient was measured on all data: {why}",)
+    assert found.accuracy.lower_residual is not None
+
+
 def test_an_affine_lower_objective_over_a_set() -> None:
     """Nothing bends, so that no curvature can be measured: y* = -sign(2 - x) on [-1, 1]."""
-    from constrained import Box
-
     problem = bilevel.BilevelProblem(
         lambda x, y: (x - 1) ** 2 + x * y, lambda x, y: (2 - x) * y, lower_set=Box(-1.0, 1.0), upper_set=Box(0.0, 1.8)
     )

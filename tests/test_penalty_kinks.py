@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 import bilevel
 import problems
 from bilevel import Penalty
-from bilevel.algorithms.penalty_bias import kink
-from constrained import WholeSpace
 from tests import penalty_checks as checks
 
 
@@ -22,23 +19,21 @@ def test_a_kink_is_reached_and_reported() -> None:
 
 
 def test_kinks_are_told_from_slopes() -> None:
-    space, zero = WholeSpace(), torch.zeros(2)
+    checks.tells_kinks_from_slopes()
 
-    def ridge(x: Tensor) -> Tensor:  # |x_0| + x_1^2 / 2
-        return torch.stack([x[0].sign(), x[1]])
 
-    def slope(x: Tensor) -> Tensor:
-        return torch.stack([torch.ones(()), x[1]])
-
-    problem = bilevel.BilevelProblem(lambda x, y: x.sum() + y, lambda x, y: y**2, upper_set=space)
-    x = zero + torch.tensor([1e-3, 0.0])
-    found = kink(problem, ridge, x, ridge(x), 1e-4, 1e-6)
-    assert found is not None
-    assert found[0] == pytest.approx(1.6e-3)
-    assert found[1] < 1e-12
-    assert kink(problem, slope, x, slope(x), 1e-4, 1e-6) is None
-    tilted = x + torch.tensor([0.0, 0.5])
-    assert kink(problem, ridge, tilted, ridge(tilted), 1e-4, 1e-2) is None
+def test_the_bias_at_a_smooth_minimizer_is_not_taken_for_a_kink() -> None:
+    """f = (y - 1)^2 / 2 + x^2 / 10 and g = (y - x)^2 / 20 at p = 30: the penalised minimizer is 75/95, not 5/6."""
+    problem = bilevel.BilevelProblem(lambda x, y: 0.5 * (y - 1) ** 2 + 0.1 * x**2, lambda x, y: 0.05 * (y - x) ** 2)
+    x, y = torch.tensor(75 / 95), torch.tensor(0.8)
+    method = Penalty(penalty=30.0, bias_rtol=1e-3).resolve(problem, x, y)
+    state = method.init(problem, x, y)
+    state.first = torch.tensor(1.0)
+    accuracy, status, message = method.assess(problem, state, bilevel.Status.CONVERGED)
+    assert status is bilevel.Status.STALLED
+    assert "the hypergradient is biased" in message
+    assert accuracy.stationarity == pytest.approx(1.2 * (5 / 6 - 75 / 95), rel=1e-6)
+    assert not any("kink" in note for note in accuracy.notes)
 
 
 def test_the_step_at_a_kink_must_be_short() -> None:

@@ -1,5 +1,6 @@
 """Every scheme of the penalty method, step by step against a second implementation on matrices."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -52,6 +53,17 @@ def test_double_loops_take_one_joint_backward(inner: int, batches: bool) -> None
         assert state.counts == {"upper": 4 * (inner + 1), "lower": 4 * (2 * inner + 2), "products": 0}
 
 
+@pytest.mark.parametrize("scheme", [F2BA(), Proximal()])
+def test_repeating_the_inner_steps_takes_one_more_look(scheme: Any) -> None:
+    """G before the first chunk of T steps, and after each."""
+    method = reference.algorithm(scheme, lower_steps=4, lower_chunks=50)
+    _, _, state = reference.run(method, Setting(None, False), 6)
+    chunks, rest = divmod(state.counts["upper"] - 6, 4 + 1)
+    assert rest == 0
+    assert 6 <= chunks < 6 * 50
+    assert state.counts["lower"] == 2 * state.counts["upper"]
+
+
 def test_central_differences_swap_z_for_w() -> None:
     """w costs an f more than z does, in each inner step and in the joint pass."""
     method = reference.algorithm(F2BA(central=True), lower_steps=3, penalty=20.0, lower_condition=18.0)
@@ -67,6 +79,31 @@ def test_storm_doubles_every_gradient(scheme: Any) -> None:
         _, _, state = reference.run(method, Setting(4, False), 5)
         visits = 1 + 4 * factor
         assert state.counts == {"upper": 2 * visits, "lower": 4 * visits, "products": 0}
+
+
+@pytest.mark.parametrize("scheme", [SingleLoop(), F3SA(noise="both")], ids=["single", "f3sa"])
+def test_a_refused_first_step_leaves_the_estimates_unbiased(scheme: Any) -> None:
+    """An exact oracle's estimates are exact from the first step that is accepted on, whichever it is."""
+    own = reference.data()
+    broken = [True]
+
+    def lower(x: Any, y: Any) -> Any:
+        return own.g(x, y, batch=own.lower) * (float("nan") if broken[0] else 1.0)
+
+    problem = bilevel.BilevelProblem(lambda x, y: own.f(x, y, batch=own.upper), lower)
+    ends = []
+    for exponent in (0.0, 0.8):
+        chosen = replace(scheme, estimator=Storm(exponent=exponent))
+        broken[0] = False
+        method = reference.algorithm(chosen).resolve(problem, *reference.start())
+        state = method.init(problem, *reference.start(), generator=torch.Generator().manual_seed(3))
+        for step in range(5):
+            broken[0] = step == 0
+            method.step(problem, state)
+            assert torch.equal(state.x, reference.start()[0]) == (step == 0)
+            state.step += 1
+        ends.append(torch.cat([state.x, state.y, state.z]))
+    assert float((ends[1] - ends[0]).norm()) < 1e-12
 
 
 def trees_of(state: Any, n: int, m: int) -> tuple[int, int]:

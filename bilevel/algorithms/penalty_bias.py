@@ -29,6 +29,11 @@ SMALL = 500
 """Up to this many entries of y the KKT matrix of the lower level is formed for the final check."""
 DOUBTFUL = 1e-3
 """Relative residual of the pseudo-inverse formula above which it is not used."""
+DOUBLINGS = 9
+HALVINGS = 6
+"""Of the interval in which the hypergradient turns: a jump stays as large as it was, a slope shrinks 64 times."""
+JUMP = 0.25
+"""What must be left of the turn after these for it to be a jump."""
 
 
 class ExactPenalty:
@@ -36,6 +41,9 @@ class ExactPenalty:
 
     Attributes:
         z: argmin g(x, .) at the last x, next to where y or z came from.
+        second_order: whether implicit differentiation gives the hypergradient: g is differentiable twice, and there is
+            no lower set.
+        newton: whether f is so too, and the inner problems are solved by Newton's method.
     """
 
     def __init__(
@@ -53,12 +61,13 @@ class ExactPenalty:
         _, slope = value_and_gradient(lambda q: oracle.upper(x, q), y)
         self.reference = float(tree.norm(slope)) / penalty  # what grad_y g is worth at y
         self.second_order = problem.lower_set.is_whole_space and twice_differentiable(oracle, x, y)
+        self.newton = self.second_order and twice_differentiable(oracle, x, y, "upper")
         self.y = {1.0: y, 2.0: y}
         self.w = {1.0: z, 2.0: z}
         self.z = z
 
     def _solve(self, fn: Callable[[Tree], Tensor], y: Tree) -> Tree:
-        return solve_lower(fn, y, self.problem, self.reference, first_order=not self.second_order)
+        return solve_lower(fn, y, self.problem, self.reference, first_order=not self.newton)
 
     def __call__(self, x: Tree, factor: float = 1.0) -> Tree:
         """G at ``factor`` times the penalty, 1 or 2."""
@@ -93,8 +102,12 @@ class ExactPenalty:
 
     def extrapolated(self, x: Tree) -> Tree:
         """G with its leading error cancelled: ``2 G_2p - G_p``, or ``(4 G_2p - G_p) / 3`` of central differences."""
-        factor = 2.0**self.order
         twice, once = self(x, 2.0), self(x, 1.0)
+        return self.richardson(once, twice)
+
+    def richardson(self, once: Tree, twice: Tree) -> Tree:
+        """G at both penalties with the leading error cancelled."""
+        factor = 2.0**self.order
         return tree.scale(1.0 / (factor - 1.0), tree.sub(tree.scale(factor, twice), once))
 
 
@@ -132,34 +145,17 @@ class Measured:
 
 def measure(exact: ExactPenalty, x: Tree) -> Measured:
     """Both estimates of the bias at x."""
-    problem, oracle = exact.problem, exact.oracle
+    oracle = exact.oracle
     once, twice = exact(x, 1.0), exact(x, 2.0)
     two = exact.bias(once, twice)
     y = exact.lower_solution(x)
     _, direct = value_and_gradient(lambda q: oracle.upper(q, y), x)
-    found = _independent(exact, x, y)
-    if found is None:
-        factor = 2.0**exact.order
-        value = tree.scale(1.0 / (factor - 1.0), tree.sub(tree.scale(factor, twice), once))
-        note = (
-            "stationarity by extrapolation in the penalty: the lower level has no second derivatives, or is too large"
-        )
-        accuracy = Accuracy(
-            lower_residual=lower_residual(problem, oracle, x, y),
-            stationarity=stationarity(problem, x, value),
-            hypergradient_error=two / exact.penalty,
-            hypergradient_error_kind="estimate",
-            notes=(note,),
-        )
-        found = value, accuracy, exact.extrapolated
-        independent = False
-    else:
-        independent = True
-    value, accuracy, nearby = found
+    formula = _independent(exact, x, y)
+    value, accuracy, nearby = formula or _by_extrapolation(exact, x, y, exact.richardson(once, twice), two)
     disagreement = float(tree.norm(tree.sub(value, once)))
     scale = float(tree.norm(direct)) + float(tree.norm(tree.sub(value, direct)))
     accuracy = replace(accuracy, bias=max(two, disagreement))
-    return Measured(once, two, disagreement, value, scale, nearby, y, accuracy, independent)
+    return Measured(once, two, disagreement, value, scale, nearby, y, accuracy, formula is not None)
 
 
 _Found = tuple[Tree, Accuracy, Callable[[Tree], Tree]]
@@ -179,6 +175,19 @@ def _independent(exact: ExactPenalty, x: Tree, y: Tree) -> _Found | None:
     elif problem.lower_set.is_whole_space or not small:
         return None
     return _pseudo_inverse(exact, x, y)
+
+
+def _by_extrapolation(exact: ExactPenalty, x: Tree, y: Tree, value: Tree, two: float) -> _Found:
+    problem, oracle = exact.problem, exact.oracle
+    note = "stationarity by extrapolation in the penalty: the lower level has no second derivatives, or is too large"
+    accuracy = Accuracy(
+        lower_residual=lower_residual(problem, oracle, x, y),
+        stationarity=stationarity(problem, x, value),
+        hypergradient_error=two / exact.penalty,
+        hypergradient_error_kind="estimate",
+        notes=(note,),
+    )
+    return value, accuracy, exact.extrapolated
 
 
 def _pseudo_inverse(exact: ExactPenalty, x: Tree, y: Tree) -> _Found | None:
@@ -203,28 +212,47 @@ def kink(
 ) -> tuple[float, float] | None:
     """Whether the hyper-objective has a kink next to x at which it is stationary.
 
-    Looks along ``-h`` for a point where the hypergradient turns against h, and takes the shortest vector in the convex
-    hull of the two (Goldstein's subdifferential).
+    Looks along ``-h`` for a point where the hypergradient turns against h, halves the interval in which it turns, and
+    takes the shortest vector in the convex hull of the hypergradients at its ends (Goldstein's subdifferential). A
+    hypergradient that turns without a jump has a zero there and no kink.
 
     Args:
         problem: for the upper set.
-        hyper: x -> accurate hypergradient.
+        hyper: x -> accurate hypergradient, kinks not smoothed.
         x, h: the point, and the hypergradient there.
-        reach: first distance looked at; it doubles ten times at most.
+        reach: first distance looked at; it doubles nine times at most.
         tolerance: what the shortest vector may be.
 
     Returns:
-        The distance and the length of that vector, or None.
+        The distance of the far end of the last interval, and the length of that vector, or None.
     """
     size = float(tree.norm(h))
     if not size > 0 or not math.isfinite(size):
         return None
-    for k in range(10):
-        other_x = problem.upper_set.project(tree.axpy(-reach * 2.0**k / size, h, x))
-        other = hyper(other_x)
-        gap = tree.sub(other, h)
-        if float(tree.dot(other, h)) < 0:
-            share = -float(tree.dot(h, gap)) / float(tree.dot(gap, gap))
-            shortest = float(tree.norm(tree.axpy(min(1.0, share), gap, h)))
-            return (reach * 2.0**k, shortest) if shortest <= tolerance else None
-    return None
+
+    def at(distance: float) -> tuple[Tree, bool]:
+        found = hyper(problem.upper_set.project(tree.axpy(-distance / size, h, x)))
+        return found, float(tree.dot(found, h)) < 0
+
+    near, far, here = 0.0, reach, h
+    there, turned = at(far)
+    while not turned:
+        if far >= reach * 2.0**DOUBLINGS:
+            return None
+        near, far, here = far, 2.0 * far, there
+        there, turned = at(far)
+    turn = float(tree.norm(tree.sub(there, here)))
+    for _ in range(HALVINGS):
+        middle = 0.5 * (near + far)
+        between, turned = at(middle)
+        if turned:
+            far, there = middle, between
+        else:
+            near, here = middle, between
+    gap = tree.sub(there, here)
+    jump = float(tree.norm(gap))
+    if jump <= JUMP * turn:
+        return None
+    share = min(1.0, max(0.0, -float(tree.dot(here, gap)) / jump**2))
+    shortest = float(tree.norm(tree.axpy(share, gap, here)))
+    return (far, shortest) if shortest <= tolerance else None

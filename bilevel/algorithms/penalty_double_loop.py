@@ -221,7 +221,11 @@ class _Loop:
         return replace(move, extra={"probe": probe})
 
     def accelerated(self, walk: _Walk) -> tuple[Move, _Walk]:
-        """T accelerated steps, again and again until G settles: lower errors enter G times the penalty."""
+        """T accelerated steps, again and again until G settles: lower errors enter G times the penalty.
+
+        How far a chunk moves G takes a look before the first: one joint pass more than the published step, which has
+        ``lower_chunks=1``. The G of the step before is no substitute, since x has moved.
+        """
         curvature, settings = self.state.curvature, self.settings
         pair = draw_pair(settings, self.problem, self.state)
         found = self.gradient(pair, walk.y, walk.z) if settings.lower_chunks > 1 else None

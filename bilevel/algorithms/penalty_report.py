@@ -9,10 +9,12 @@ from bilevel.accuracy import (
     assess_implicit,
     distance_budget,
     distance_to_solution,
+    lower_residual,
     saddle_note,
     stationarity,
+    twice_differentiable,
 )
-from bilevel.algorithms.lower_optimality import bends_down
+from bilevel.algorithms.lower_optimality import STARTS, bends_down
 from bilevel.algorithms.penalty_bias import ExactPenalty, Measured, kink, measure
 from bilevel.algorithms.penalty_scheme import PenaltyState
 from bilevel.oracle import Oracle, new_counts
@@ -35,9 +37,17 @@ Report = tuple[Accuracy, Status, str]
 
 
 def on_minibatches(settings: "Penalty", problem: BilevelProblem, state: PenaltyState, status: Status) -> Report:
-    """A rough implicit hypergradient on all data: the report must not cost more than the run."""
-    found, _ = assess_implicit(problem, Oracle.full(problem, new_counts()), state.x, state.y, QUICK, None)
-    return found, status, status.value
+    """A rough implicit hypergradient on all data, where it applies: the report must not cost more than the run."""
+    oracle = Oracle.full(problem, new_counts())
+    if not problem.lower_set.is_whole_space:
+        why = "a lower set is declared"
+    elif not twice_differentiable(oracle, state.x, state.y):
+        why = "the lower level has no second derivatives"
+    else:
+        return assess_implicit(problem, oracle, state.x, state.y, QUICK, None)[0], status, status.value
+    residual = lower_residual(problem, oracle, state.x, state.y)
+    note = f"no hypergradient was measured on all data: {why}"
+    return Accuracy(lower_residual=residual, notes=(note,)), status, status.value
 
 
 def on_full_data(
@@ -116,7 +126,9 @@ def _judge(
     corner = None
     if found.bias > 1.5 * target + 10.0 * limit:
         size = 1.0 + float(tree.norm(state.x))
-        corner = kink(problem, found.map, state.x, found.value, 0.1 * size / p, max(target, 10.0 * limit))
+        reach, allowed = 0.1 * size / p, max(target, 10.0 * limit)
+        # found.map may be extrapolated from penalties, which smooth a kink over a distance of 1/p.
+        corner = kink(problem, lambda q: measure(exact, q).value, state.x, found.value, reach, allowed)
         if corner is None:
             return accuracy, Status.STALLED, _biased(found, target, p)
         distance, shortest = SAFETY * corner[0], corner[1]
@@ -129,7 +141,7 @@ def _judge(
         return accuracy, Status.STALLED, f"{message}; lower rtol"
     small = tree.size(state.y) <= VERIFIABLE
     if small or bends_down(problem, state.x, state.y):
-        checked = verify(problem, state.x, state.y, starts=5 if small else 2)
+        checked = verify(problem, state.x, state.y, starts=5 if small else STARTS)
         accuracy = replace(accuracy, optimality_gap=checked.optimality_gap)
         if not checked.accepted:
             return accuracy, Status.STALLED, f"not verified: {checked.reasons[0]}"
