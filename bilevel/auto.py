@@ -10,6 +10,7 @@ from bilevel.accuracy import twice_differentiable
 from bilevel.algorithms.base import Algorithm, restrictions
 from bilevel.measure import draw_oracles
 from bilevel.oracle import Oracle, new_counts
+from bilevel.probes import beside
 from bilevel.problem import BilevelProblem
 from bilevel.registry import algorithms
 from bilevel.solution import Solution, Start
@@ -158,7 +159,7 @@ def probe_lower_level(problem: BilevelProblem, x0: Tree, y0: Tree, around: bool 
     points = [(tree.detach(x0), tree.detach(y0))]
     if around:
         generator = torch.Generator().manual_seed(0)
-        points += [(_near(x0, generator, problem.upper_set.project), _near(y0, generator)) for _ in range(NEIGHBOURS)]
+        points += [(problem.upper_set.project(beside(x0, generator)), beside(y0, generator)) for _ in range(NEIGHBOURS)]
     dense = tree.size(y0) <= DENSE
     found = [_extremes(oracle, x, y, dense) for oracle in oracles for x, y in points]
     finite = [pair for pair in found if pair is not None]
@@ -188,14 +189,6 @@ def probe_lower_level(problem: BilevelProblem, x0: Tree, y0: Tree, around: bool 
         shape=shape,
         said=f"eigenvalues of g_yy from {shown:.3g} to {largest:.3g} at {many}: {tail}",
     )
-
-
-def _near(point: Tree, generator: torch.Generator, project: Callable[[Tree], Tree] = lambda p: p) -> Tree:
-    def moved(leaf: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
-        return leaf + (1.0 + leaf.abs()) * noise
-
-    return project(tree.map(moved, tree.detach(point)))
 
 
 def _extremes(oracle: Oracle, x: Tree, y: Tree, dense: bool) -> tuple[float, float] | None:
@@ -285,6 +278,9 @@ def _confirmed(problem: BilevelProblem, solution: Solution, checked: bool) -> _E
         found = verify(problem, solution.x, solution.y)
     except (ValueError, SolveError, RuntimeError) as error:
         accepted, reasons = False, f"the check failed: {error}"
+    except KeyboardInterrupt:
+        message = f"{solution.algorithm.name} ended {solution.status.name}, and the check of its point was interrupted"
+        return _Ended(replace(solution, status=Status.STOPPED, message=message), None)
     else:
         accepted, reasons = found.accepted, "; ".join(found.reasons)
     if solution.success and not accepted:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.oracle import Counts, Oracle, new_counts
+from bilevel.probes import displacement, same
 from bilevel.problem import BilevelProblem
 from constrained import ConstrainedProblem, ConvexSet
 from constrained.sets import Description, describe
@@ -18,8 +19,6 @@ from implicit.tree import Tree
 Rows = Callable[[Tensor, Tensor], Tensor]
 REACHES = (0.0, 1.0, -1.0, 30.0, -30.0, 1e3, -1e3)
 """How far from the start, relative to its size, rows are looked at for their dependence on x and y."""
-SAME = 1e4
-"""Derivatives that differ by fewer than so many roundings count as the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +194,11 @@ class FlatProblem:
         with torch.no_grad():
             self._likes[field] = like = self.problem.constraint(field, self.x_like, self.y_like)
         first = tree.ravel(like)
+        if x.dtype != y.dtype:
+            raise ValueError(
+                f"x0 is {x.dtype} and y0 is {y.dtype}: {field} depends on both as one vector; convert one of them, "
+                "such as with .double()"
+            )
         if not len(first):
             raise ValueError(f"{field} has no rows; leave it out")
         if first.dtype != self.dtype or first.device != self.device:
@@ -206,26 +210,20 @@ class FlatProblem:
             where = torch.isnan(first).nonzero().reshape(-1).tolist()
             raise ValueError(f"{field} is NaN at (x0, y0) in rows {where[:5]}; start where it is defined")
         generator = torch.Generator().manual_seed(0)
-
-        def draw(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
-
-        directions = draw(x), draw(y)
+        directions = tree.randn_like((x, y), generator)
         in_x, in_y = (torch.zeros(len(first), dtype=torch.bool, device=self.device) for _ in range(2))
         affine = torch.ones_like(in_x)
         before: tuple[Tensor, Tensor] | None = None
-        noise = torch.zeros_like(x), torch.zeros_like(y)
-        eps = float(torch.finfo(self.dtype).eps)
+        step = torch.zeros_like(x), torch.zeros_like(y)
         for reach in REACHES:
             if reach >= 0:  # and then the mirror image of the same point
-                noise = (1 + x.abs()) * draw(x), (1 + y.abs()) * draw(y)
-            at_x, at_y = x + reach * noise[0], y + reach * noise[1]
-            slopes = self._slopes(field, at_x, at_y, directions)
+                step = displacement((x, y), generator)
+            slopes = self._slopes(field, x + reach * step[0], y + reach * step[1], directions)
             # A slope that is not finite tells nothing but that the row is not constant there.
             in_x, in_y = in_x | (slopes[0] != 0), in_y | (slopes[1] != 0)
             if before is not None:
                 for now, then in zip(slopes, before, strict=True):
-                    affine &= (now - then).abs() <= SAME * eps * then.abs()
+                    affine &= same(now, then, then.abs())
             before = slopes
         if field.startswith("lower") and not bool(in_y.any()):
             raise ValueError(

@@ -7,10 +7,12 @@ from torch import Tensor
 
 import constrained
 from bilevel.flat import FlatProblem
+from bilevel.probes import beside, same
 from constrained import ConstrainedProblem, KKTResidual, Lagrangian
 from constrained.multipliers import FlatMultipliers
 from constrained.residual import measure
 from implicit import Hessian, Jacobian, Status
+from implicit.derivatives import value_and_gradient
 
 QUADRATIC_LIMIT = 2_000
 """Up to this many unknowns and rows the matrices of a quadratic program are formed."""
@@ -60,6 +62,9 @@ def solve_lower_level(
         multipliers: a start for the multipliers.
         atol: on the KKT residual; 1e-8 in float64 and 1e-4 in float32 by default.
         max_steps: of the solver.
+
+    Raises:
+        KeyboardInterrupt: if the solver took an interrupt for itself.
     """
     problem = flat.lower_problem(x)
     x, y = x.detach(), y.detach()
@@ -73,6 +78,7 @@ def solve_lower_level(
         solution = constrained.solve(
             problem, method, start, multipliers=given, atol=atol, max_steps=max_steps, raise_on_failure=False
         )
+        pass_on_interrupt(solution.status)
         own = Lagrangian(problem, y).flat_multipliers(*solution.multipliers)
         ended = LowerSolution(
             y=solution.x,
@@ -90,6 +96,12 @@ def solve_lower_level(
     return best
 
 
+def pass_on_interrupt(status: Status) -> None:
+    """Raise what ended a solver without callbacks early: its point answers no question of the caller's."""
+    if status is Status.STOPPED:
+        raise KeyboardInterrupt
+
+
 def _better(one: LowerSolution, other: LowerSolution) -> bool:
     worst = one.residual.largest, other.residual.largest
     return one.status is Status.CONVERGED or worst[0] < worst[1] or worst[1] != worst[1]
@@ -98,16 +110,10 @@ def _better(one: LowerSolution, other: LowerSolution) -> bool:
 def _quadratic(flat: FlatProblem, problem: ConstrainedProblem, x: Tensor, y: Tensor) -> LowerSolution | None:
     """The solution by :func:`constrained.solve_qp`, or None where the level is no convex quadratic program."""
     generator = torch.Generator().manual_seed(0)
-
-    def draw(reach: float) -> Tensor:
-        noise = torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
-        return y + reach * (1.0 + y.abs()) * noise
-
-    eps = float(torch.finfo(y.dtype).eps)
-    points = [y, draw(1.0), draw(10.0)]
-    probe = draw(1.0)
+    points = [y, beside(y, generator), beside(y, generator, 10.0)]
+    probe = beside(y, generator)
     curvatures = [Hessian(problem.objective, point) @ probe for point in points]
-    if not _same(curvatures, eps):
+    if not _all_same(curvatures):
         return None
     level = flat.lower_level
     slopes: dict[str, Jacobian] = {}
@@ -116,7 +122,7 @@ def _quadratic(flat: FlatProblem, problem: ConstrainedProblem, x: Tensor, y: Ten
         if rows is None:
             continue
         found = [Jacobian(rows, point) for point in points]
-        if not _same([jacobian @ probe for jacobian in found], eps):
+        if not _all_same([jacobian @ probe for jacobian in found]):
             return None
         slopes[name] = found[0]
     if len(y) + level.inequalities + level.equalities > QUADRATIC_LIMIT:
@@ -124,11 +130,9 @@ def _quadratic(flat: FlatProblem, problem: ConstrainedProblem, x: Tensor, y: Ten
     Q = Hessian(problem.objective, y).to_dense()
     Q = 0.5 * (Q + Q.T)
     lowest = float(torch.linalg.eigvalsh(Q)[0]) if len(y) else 0.0
-    if lowest < -1e3 * eps * float(Q.abs().amax()):
+    if lowest < -1e3 * torch.finfo(y.dtype).eps * float(Q.abs().amax()):
         return None
-    own = y.detach().requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(problem.objective(own), own)
+    _, gradient = value_and_gradient(problem.objective, y, "lower")
     matrices = {name: jacobian.to_dense() for name, jacobian in slopes.items()}
     sides = {name: matrices[name] @ y - slopes[name].value for name in matrices}
     solution = constrained.solve_qp(
@@ -164,7 +168,6 @@ def _quadratic(flat: FlatProblem, problem: ConstrainedProblem, x: Tensor, y: Ten
     )
 
 
-def _same(vectors: list[Tensor], eps: float) -> bool:
-    first = vectors[0]
-    size = max(float(v.abs().amax()) if len(v) else 0.0 for v in vectors)
-    return all(bool(((v - first).abs() <= 1e4 * eps * size).all()) for v in vectors)
+def _all_same(vectors: list[Tensor]) -> bool:
+    every = torch.stack(vectors)
+    return bool(same(every, every[0], every.abs().amax()).all())

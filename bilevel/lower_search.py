@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 import constrained
-from bilevel.accuracy import solve_lower
+from bilevel.accuracy import solve_lower, twice_differentiable
 from bilevel.flat import FlatProblem
-from bilevel.lower_level import LowerSolution, solve_lower_level
+from bilevel.lower_level import LowerSolution, pass_on_interrupt, solve_lower_level
 from constrained.multipliers import FlatMultipliers
 from implicit import Jacobian, SolveError, Status
+from implicit.derivatives import value_and_gradient
 from implicit.transforms import batched
 
 SAMPLED = 8
@@ -120,6 +121,7 @@ class _Searcher:
         self.rows = self.level.inequalities + self.level.equalities
         self.size = 1.0 + max(float(y.abs().amax()), float(x.abs().amax()) if len(x) else 0.0)
         self.vectorized = self._can_batch()
+        self.smooth = not self.level.free or twice_differentiable(flat.oracle, flat.x_tree(x), flat.y_tree(y))
 
     def _can_batch(self) -> bool:
         both = torch.stack([self.y, self.y])
@@ -156,13 +158,10 @@ class _Searcher:
         """From one start, by the solver that fits."""
         if not self.level.free:
             return solve_lower_level(self.flat, self.x, y, max_steps=STEPS)
-        try:
-            if len(y) < NEWTON:
-                return solve_lower_level(self.flat, self.x, y, max_steps=STEPS)
-            end = solve_lower(self._value, y, self.flat.problem)
-        except (RuntimeError, ValueError):  # no second derivatives
-            end = solve_lower(self._value, y, self.flat.problem, first_order=True)
-        value, slope = _value_and_slope(self._value, end)
+        if self.smooth and len(y) < NEWTON:
+            return solve_lower_level(self.flat, self.x, y, max_steps=STEPS)
+        end = solve_lower(self._value, y, self.flat.problem, first_order=not self.smooth)
+        value, slope = value_and_gradient(self._value, end, "lower")
         blank = y.new_zeros(0)
         zeros = torch.zeros_like(y)
         residual = float(slope.abs().amax() / slope.abs().amax().clamp(min=1.0))
@@ -171,7 +170,7 @@ class _Searcher:
             multipliers=FlatMultipliers(blank, blank, zeros, zeros),
             residual=constrained.KKTResidual(residual, 0.0, 0.0),
             status=Status.CONVERGED,
-            value=value,
+            value=float(value),
         )
 
     def minimize_all(self, begin: list[Tensor], limit: int) -> list[Tensor]:
@@ -183,9 +182,11 @@ class _Searcher:
                 found = constrained.solve_batch(
                     self.flat.lower_problem(self.x), torch.stack(begin), max_steps=BATCH_STEPS
                 )
-                return list(found.x.detach())
             except (RuntimeError, ValueError, SolveError):
-                pass  # backward passes that do not batch, although the values do
+                pass  # Backward passes may not batch although values do; one by one, other errors come again.
+            else:
+                pass_on_interrupt(found.status)
+                return list(found.x.detach())
         return [self.minimize(start).y for start in begin[:limit]]
 
     def around(self, count: int) -> list[Tensor]:
@@ -318,14 +319,6 @@ def _with_jacobian(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[T
         return value, value
 
     return torch.func.jacrev(twice, has_aux=True)
-
-
-def _value_and_slope(fn: Callable[[Tensor], Tensor], y: Tensor) -> tuple[float, Tensor]:
-    own = y.detach().requires_grad_()
-    with torch.enable_grad():
-        value = fn(own)
-        (slope,) = torch.autograd.grad(value, own)
-    return float(value.detach()), slope
 
 
 def _basins(points: Tensor, values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,16 +157,15 @@ class BilevelProblem:
                 without y, an x that enters nothing, sets that do not fit.
 
         Warns:
-            UserWarning: if the upper objective ignores y, or a leaf of y does not enter the lower objective.
+            UserWarning: if the upper level ignores y, or a leaf of y enters neither the lower objective nor a lower
+                constraint.
         """
         _check_point(x0, "x0")
         _check_point(y0, "y0")
         _check_devices(x0, y0, {"upper_data": self.upper_data, "lower_data": self.lower_data})
         self.upper_set.check(x0, "x0")
         self.lower_set.check(y0, "y0")
-        for name in self.constraints:
-            with torch.no_grad():
-                self.constraint(name, x0, y0)
+        bound = self._enter_constraints(x0, y0)
         if self.joint_set is not None:
             self.joint_set.check((x0, y0), "(x0, y0)")
         used = {level: self._dependence(level, x0, y0) for level in ("upper", "lower")}
@@ -178,13 +177,20 @@ class BilevelProblem:
                 "lower does not depend on y: the lower problem has nothing to solve; check the order of the arguments "
                 "(x, y), and that the graph is not cut by .item(), .detach() or numpy"
             )
-        for name, entered in zip(tree.paths(y0), in_y, strict=True):
-            if not entered and not any(constraint.startswith("lower") for constraint in self.constraints):
-                warnings.warn(f"y{name} does not enter the lower objective, which leaves it undetermined", stacklevel=3)
-        for name, up, low in zip(tree.paths(x0), used["upper"][0], used["lower"][0], strict=True):
-            if not (up or low or self.constraints):
-                raise ValueError(f"x{name} enters neither objective; remove it, or check that the graph is not cut")
-        if not any(used["upper"][1]) and "upper_inequality" not in self.constraints:
+        for name, *enters in zip(tree.paths(y0), in_y, bound["lower"][1], strict=True):
+            if not any(enters):
+                warnings.warn(
+                    f"y{name} enters neither the lower objective nor a lower constraint, which leaves it undetermined",
+                    stacklevel=3,
+                )
+        of_x = used["upper"][0], used["lower"][0], bound["upper"][0], bound["lower"][0]
+        for name, *enters in zip(tree.paths(x0), *of_x, strict=True):
+            if not any(enters):
+                raise ValueError(
+                    f"x{name} enters neither an objective nor a constraint; remove it, or check that the graph is not "
+                    "cut"
+                )
+        if not any(used["upper"][1] + bound["upper"][1]):
             warnings.warn("upper does not depend on y: the lower level has no influence on the solution", stacklevel=3)
 
     def value(self, level: str, x: Tree, y: Tree, batch: Any = None) -> Tensor:
@@ -214,15 +220,30 @@ class BilevelProblem:
         value = self.value(level, x, y, _first_batch(data) if data is not None else None)
         if not bool(torch.isfinite(value)):
             raise ValueError(f"{level}(x0, y0) is {float(value.detach())}; start where both objectives are finite")
-        if not value.requires_grad:
-            return [False] * len(tree.leaves(x)), [False] * len(tree.leaves(y))
         own_x, own_y = tree.leaves(x), tree.leaves(y)
-        grads = torch.autograd.grad(value, own_x + own_y, allow_unused=True)
+        grads = _gradients([value], own_x + own_y)
         for name, g in zip([f"x{p}" for p in tree.paths(x)] + [f"y{p}" for p in tree.paths(y)], grads, strict=True):
             if g is not None and not bool(torch.isfinite(g).all()):
                 raise ValueError(f"the gradient of {level} in {name} is not finite at (x0, y0); move the start")
         entered = [g is not None for g in grads]
         return entered[: len(own_x)], entered[len(own_x) :]
+
+    def _enter_constraints(self, x0: Tree, y0: Tree) -> dict[str, tuple[list[bool], list[bool]]]:
+        """Which leaves of x and of y enter a constraint of each level."""
+        x, y = tree.variables(x0), tree.variables(y0)
+        own_x, own_y = tree.leaves(x), tree.leaves(y)
+        entered = {level: [False] * (len(own_x) + len(own_y)) for level in ("upper", "lower")}
+        for name in self.constraints:
+            level = name.partition("_")[0]
+            grads = _gradients([leaf.sum() for leaf in tree.leaves(self.constraint(name, x, y))], own_x + own_y)
+            entered[level] = [old or g is not None for old, g in zip(entered[level], grads, strict=True)]
+        return {level: (flags[: len(own_x)], flags[len(own_x) :]) for level, flags in entered.items()}
+
+
+def _gradients(values: Sequence[Tensor], variables: list[Tensor]) -> Sequence[Tensor | None]:
+    """Of the sum of the values; None for what does not enter."""
+    connected = [value for value in values if value.requires_grad]
+    return torch.autograd.grad(connected, variables, allow_unused=True) if connected else [None] * len(variables)
 
 
 def evaluate(function: Objective, level: str, x: Tree, y: Tree, batch: Any) -> Tensor:

@@ -26,5 +26,5 @@ def algorithm(name: str) -> type[Algorithm]:
     if plain(name) in known:
         return known[plain(name)]
     close = difflib.get_close_matches(plain(name), known, n=1)
-    hint = f"; did you mean {known[close[0]].__name__}?" if close else ""
+    hint = f"; did you mean {known[close[0]].__name__}?" if close else "."
     raise ValueError(f"unknown algorithm {name!r}{hint} Known: {', '.join(algorithms())}")

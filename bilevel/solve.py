@@ -12,6 +12,7 @@ from bilevel.auto import AUTO, solve_automatically
 from bilevel.oracle import Oracle, new_counts
 from bilevel.problem import BilevelProblem
 from bilevel.registry import algorithm as registered
+from bilevel.registry import algorithms
 from bilevel.solution import Accuracy, Solution
 from implicit import Run, SaveCheckpoint, SolveError, Status, runs, tree
 from implicit.iterate import Callback, StepInfo, iterate
@@ -69,7 +70,7 @@ def solve(
     own = runs.own_generator(generator)
     if isinstance(algorithm, str):
         if algorithm.lower() != AUTO:
-            raise TypeError(f"algorithm must be an object such as bilevel.Penalty(), or 'auto', got {algorithm!r}")
+            _require_algorithm(algorithm)
         if checkpoint is None:
             begin = _start(problem, x0, y0)
 
@@ -152,7 +153,8 @@ def _require_algorithm(algorithm: Any) -> Algorithm:
         return algorithm
     if isinstance(algorithm, type) and issubclass(algorithm, Algorithm):
         raise TypeError(f"algorithm must be an object, not the class: {algorithm.__name__}()")
-    raise TypeError(f"algorithm must be such as bilevel.ImplicitGradient(), got {algorithm!r}")
+    known = ", ".join(f"bilevel.{name}()" for name in algorithms())
+    raise TypeError(f"algorithm must be {AUTO!r} or an object such as {known}, got {algorithm!r}")
 
 
 def _with_tolerances(algorithm: Algorithm, rtol: float | None, atol: float | None) -> Algorithm:
@@ -235,6 +237,10 @@ def _finish(problem: BilevelProblem, method: Algorithm, run: Run[Any]) -> Soluti
         accuracy, message = Accuracy(notes=(f"not measured: {type(error).__name__}: {error}",)), status.value
         if status is Status.CONVERGED:
             status, message = Status.STALLED, f"the accuracy report failed, so convergence is not confirmed: {error}"
+    except KeyboardInterrupt:
+        accuracy, message = Accuracy(notes=("not measured: interrupted",)), status.value
+        if status is Status.CONVERGED:
+            status, message = Status.STOPPED, "the accuracy report was interrupted, so convergence is not confirmed"
     if run.error is not None:
         status, message = Status.STOPPED, f"{run.culprit} raised {type(run.error).__name__}: {run.error}"
     values, aux = _final_values(problem, state.x, state.y)

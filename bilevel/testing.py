@@ -42,6 +42,8 @@ def check_algorithm(
     must be those of the objectives' calls; a resumed run must end bitwise where the uninterrupted one ends, on full
     data and on minibatches; the order of dict keys must not matter; :func:`implicit.testing.check_method` must pass.
 
+    What an algorithm refuses by name is left out: sets, minibatches, and dtypes other than float64.
+
     Args:
         algorithm: what to check, with settings that suit small well-conditioned problems.
         optional: settings in which None has a meaning, so that ``resolve`` may leave it.
@@ -62,6 +64,8 @@ def check_algorithm(
     verdict = Verdict(type(algorithm).__name__)
     _settings(algorithm, verdict)
     for dtype in dtypes:
+        if dtype != torch.float64 and _refuses_dtype(algorithm, dtype, verdict):
+            continue
         for case, steps in ((_nested(dtype), None), (_tied(dtype), STEPS), (_number(dtype), STEPS)):
             check = _Check(algorithm, case, verdict.at(f"{case.name}, {short(dtype)}"))
             check.converges(steps)
@@ -185,6 +189,18 @@ def _settings(algorithm: Any, verdict: Verdict) -> None:
             verdict(name in str(error), f"{name}={wrong} is refused by '{error}', which does not name {name}")
         else:
             raise verdict.fail(f"{name}={wrong} is accepted; call super().__post_init__() in yours")
+
+
+def _refuses_dtype(algorithm: Algorithm[Any], dtype: torch.dtype, verdict: Verdict) -> bool:
+    """Whether ``resolve`` refuses starts of this dtype, by its name."""
+    case = _number(dtype)
+    try:
+        with _quiet():
+            algorithm.resolve(case.problem(), *case.start(), max_steps=STEPS)
+    except ValueError as error:
+        verdict(str(dtype) in str(error), f"it refuses {dtype} starts by '{error}', which does not name {dtype}")
+        return True
+    return False
 
 
 @dataclass

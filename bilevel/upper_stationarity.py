@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import constrained
+from bilevel.accuracy import stationarity
 from bilevel.flat import FlatProblem
 from bilevel.lower_multipliers import nonnegative_least_squares
 from bilevel.singular_hypergradient import LowerMotion
@@ -68,8 +69,8 @@ def upper_stationarity(
     hypergradient, rows = slope_x + pulled[0], upper.in_x + pulled[1:]
     notes = motion.notes
     if not flat.upper_level.kept_inequality and not flat.upper_level.kept_equality:
-        moved = flat.problem.upper_set.project(flat.x_tree(x - hypergradient))
-        return Stationarity(value=float(torch.linalg.vector_norm(x - flat.flat_x(moved))), notes=notes)
+        value = stationarity(flat.problem, flat.x_tree(x), flat.x_tree(hypergradient))
+        return Stationarity(value=value, notes=notes)
     multipliers = nonnegative_least_squares(rows, -hypergradient, free=upper.equalities)
     return Stationarity(value=float(torch.linalg.vector_norm(hypergradient + multipliers @ rows)), notes=notes)
 

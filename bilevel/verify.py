@@ -18,6 +18,8 @@ from implicit.tree import Tree
 
 FLOOR = 1e3
 """Multiples of eps(dtype) below which a tolerance cannot be checked."""
+STARTS = 5
+"""Random starts of the lower level besides y, by default."""
 IRREGULAR = 1e-2
 """A minimizer with a larger KKT residual has no multipliers."""
 
@@ -92,7 +94,7 @@ def verify(
     y: Tree,
     *,
     tolerance: float = 1e-6,
-    starts: int = 5,
+    starts: int = STARTS,
     generator: torch.Generator | None = None,
 ) -> Verification:
     """Check that (x, y) is bilevel feasible, independently of how it was found.
@@ -149,12 +151,13 @@ def verify(
     if broken:
         return _nothing(broken, allowed)
     flat = FlatProblem(problem, x, y)
-    return _verify(flat, flat.flat_x(x).detach(), flat.flat_y(y).detach(), allowed, starts, own)
+    return verify_flat(flat, flat.flat_x(x).detach(), flat.flat_y(y).detach(), allowed, starts, own)
 
 
-def _verify(
+def verify_flat(
     flat: FlatProblem, x: Tensor, y: Tensor, tolerance: float, starts: int, generator: torch.Generator
 ) -> Verification:
+    """:func:`verify` at finite vectors, for algorithms that have a :class:`FlatProblem`, which counts the calls."""
     violations = flat.violations(x, y)
     with torch.no_grad():
         value = float(flat.lower(x, y))

@@ -135,7 +135,8 @@ def iterate(
         time_limit: seconds of this call; None for no limit.
         callbacks: called after every check with a :class:`StepInfo`.
         capture: turns the run into a checkpoint dict, for callbacks that save.
-        interruptible: take over SIGINT and SIGTERM: the first lets the step finish and stops, the second raises.
+        interruptible: take over SIGINT and SIGTERM: the first lets the step finish and stops, the second raises. A
+            run within a step of another leaves both signals to that one.
         record: keep a history and the best point, and serve callbacks; False spares inner solves that cost.
 
     A state that already satisfies ``terminate`` is returned without a step. An exception raised by user code inside a
@@ -145,6 +146,7 @@ def iterate(
     listeners = list(callbacks)
     began, before = time.perf_counter(), run.seconds
     state = run.state
+    state.deadline = None if time_limit is None else began + time_limit
 
     def info(values: dict[str, float]) -> StepInfo:
         run.seconds = before + time.perf_counter() - began
@@ -232,11 +234,18 @@ def _notify(listeners: list[Callback], hook: str, *args: Any) -> None:
 
 
 class _Flag:
+    """A signal handler: the first signal is remembered, the second raises."""
+
     def __init__(self) -> None:
         self.raised = False
 
     def __bool__(self) -> bool:
         return self.raised
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.raised:
+            raise KeyboardInterrupt
+        self.raised = True
 
 
 @contextmanager
@@ -246,14 +255,12 @@ def _interrupt_flag(active: bool) -> Iterator[_Flag]:
         yield flag
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if flag.raised:
-            raise KeyboardInterrupt
-        flag.raised = True
-
+    if any(isinstance(handler, _Flag) for handler in previous.values()):
+        # Within a step of another run: that one stops, after this step, which has to be a whole one.
+        yield flag
+        return
     for number in previous:
-        signal.signal(number, handle)
+        signal.signal(number, flag)
     try:
         yield flag
     finally:

@@ -38,10 +38,13 @@ class State:
     Attributes:
         step: completed steps.
         finite: a 0-d bool tensor, false once an update was refused because it was not finite.
+        deadline: when the driver will stop by its time limit, on the clock of ``time.perf_counter``, for steps that
+            take long; None where there is no limit.
     """
 
     step: int = 0
     finite: Tensor = field(default_factory=_true)
+    deadline: float | None = field(default=None, metadata={"transient": True})
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data that ``torch.load(weights_only=True)`` accepts."""

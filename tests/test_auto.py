@@ -315,6 +315,17 @@ def test_the_better_of_two_points_is_the_verified_one(monkeypatch: pytest.Monkey
     assert [s.accepted for s in found.starts] == [True, False]
 
 
+def test_infeasible_is_the_answer_although_another_run_stops_elsewhere() -> None:
+    problem = BilevelProblem(
+        lambda x, y: (x**2).sum(), lambda x, y: ((y - x) ** 2).sum(), upper_inequality=lambda x, y: x + 1 - y
+    )
+    zero = torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(SolveError, match="INFEASIBLE") as caught:
+        bilevel.solve(problem, "auto", zero, zero)
+    assert caught.value.solution.status is Status.INFEASIBLE
+    assert caught.value.solution.algorithm.name == "KKTRelaxation", "the first choice, whatever the second run claims"
+
+
 def test_failures_of_both_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     choosing(monkeypatch, Fake(ends="NONFINITE"), Fake(ends="INFEASIBLE"))
     with pytest.raises(SolveError) as failed:

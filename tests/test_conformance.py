@@ -5,6 +5,7 @@ The numbers are the relative errors of x that each pair has to reach, with statu
 A name instead of a number is a status: where an algorithm cannot reach the solution, it has to say so.
 """
 
+import itertools
 import warnings
 
 import pytest
@@ -103,6 +104,8 @@ STEPS = {
 NOTED = {
     ("Penalty", "box_kink"): "kink",
 }
+LONG = ("quadratic_pytree", "quadratic_ill_conditioned")
+"""Cases whose second run with Penalty would be a quarter of the whole module; their first one is compared like all."""
 DISTANT = ("ImplicitGradient", "Penalty")
 """Algorithms that estimate the distance to the solution."""
 
@@ -179,17 +182,19 @@ def test_what_is_not_reached_is_not_claimed(algorithm: str, name: str) -> None:
         assert solution.status.name == expected
 
 
-STATED = [name for name in CONSTRAINED if name != "stackelberg_pricing"]
+ELSEWHERE = {("LVHBA", f"coupled_waves_{k}") for k in (1, 3, 4)}
+"""Pairs that end at another local minimum than the one whose multipliers are stated."""
+STATED = [
+    pair
+    for pair in itertools.product(("LVHBA", "KKTRelaxation"), CONSTRAINED)
+    if pair[1] != "stackelberg_pricing" and pair not in ELSEWHERE
+]
 
 
-@pytest.mark.parametrize("name", STATED)
-@pytest.mark.parametrize("algorithm", ["LVHBA", "KKTRelaxation"])
+@pytest.mark.parametrize(("algorithm", "name"), STATED)
 def test_multipliers_are_those_of_the_lower_level(algorithm: str, name: str) -> None:
     case, solution = solve(algorithm, name)
     assert case.multipliers_star is not None
-    if float(tree.norm(tree.sub(solution.x, case.x_star))) > 1e-3:
-        assert name.startswith("coupled_waves") and case.error(solution) < 1e-5  # another of its local minima
-        return
     for field, expected in case.multipliers_star.items():
         found, stated = tree.ravel(solution.multipliers[field]), tree.ravel(expected)
         torch.testing.assert_close(found, stated, rtol=1e-4, atol=1e-4)
@@ -206,7 +211,10 @@ def test_the_reported_error_covers_the_true_error(algorithm: str, name: str) -> 
     assert reported <= 4.0 * case.distance(solution) + 1e-7
 
 
-@pytest.mark.parametrize("name", [n for a, n in pairs(float) if a == "Penalty" and n != "box_kink"])
+BIASED = [n for a, n in pairs(float) if a == "Penalty" and n not in ("box_kink", *LONG)]
+
+
+@pytest.mark.parametrize("name", BIASED)
 def test_penalty_stays_within_twice_its_measured_bias(name: str) -> None:
     case, once = solve("Penalty", name)
     algorithm = bilevel.Penalty(penalty=2.0 * once.algorithm.penalty)
@@ -266,10 +274,13 @@ def test_penalty_oracle_counts_per_step() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("algorithm", ["ImplicitGradient", "Penalty"])
 def test_dtype_follows_the_inputs(algorithm: str, dtype: torch.dtype) -> None:
-    case = problems.case("quadratic", dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        solution = bilevel.solve(case.problem, bilevel.algorithm(algorithm)(), *case.start)
+        if dtype == torch.float64:
+            case, solution = solve(algorithm, "quadratic")
+        else:
+            case = problems.case("quadratic", dtype=dtype)
+            solution = bilevel.solve(case.problem, bilevel.algorithm(algorithm)(), *case.start)
     assert solution.x.dtype == solution.y.dtype == dtype
     assert case.error(solution) < (1e-2 if algorithm == "Penalty" else 2e-3 if dtype == torch.float32 else 1e-6)
     assert solution.status in (bilevel.Status.CONVERGED, bilevel.Status.STALLED)

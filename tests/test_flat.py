@@ -10,7 +10,7 @@ from bilevel import BilevelProblem
 from bilevel.flat import FlatProblem
 from bilevel.lower_level import solve_lower_level
 from constrained import Ball, Box
-from implicit import Status
+from implicit import Status, tree
 from tests.mutation import mutated
 
 B = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
@@ -107,6 +107,15 @@ def test_multipliers_return_under_the_names_of_the_declaration() -> None:
 def test_misdeclared_rows_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         FlatProblem(declared(**changes), X0, Y0)
+
+
+def test_one_dtype_for_both_variables_of_a_row() -> None:
+    x = tree.map(lambda leaf: leaf.float(), X0)
+    with pytest.raises(ValueError, match=r"x0 is torch.float32 and y0 is torch.float64: .*\.double\(\)"):
+        FlatProblem(declared(), x, Y0)
+    free = BilevelProblem(lambda x, y: x + y, lambda x, y: (y - x) ** 2)
+    one = torch.tensor(1.0)
+    assert FlatProblem(free, one.float(), one.double()).dtype == torch.float64, "without rows each has its own"
 
 
 @pytest.mark.parametrize(

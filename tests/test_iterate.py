@@ -226,6 +226,24 @@ def test_one_interrupt_finishes_the_step_and_stops() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_interrupt_within_a_step_is_for_the_outer_run() -> None:
+    inner = []
+
+    def hook(state):
+        inner.append(drive(Count(goal=6, hook=interrupt() if state.step == 1 else None), interruptible=True))
+
+    before = signal.getsignal(signal.SIGINT)
+    run = drive(Count(hook=hook), interruptible=True, max_steps=50)
+    assert (run.status, run.state.step) == (Status.STOPPED, 2)
+    assert [(r.status, r.state.step) for r in inner] == [(Status.CONVERGED, 6)] * 2, "the step is a whole one"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_second_interrupt_within_a_step_raises() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        drive(Count(hook=lambda _: drive(Count(hook=interrupt(times=2)), interruptible=True)), interruptible=True)
+
+
 def test_the_second_interrupt_raises() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -17,13 +17,15 @@ import bilevel
 import constrained
 import problems
 from bilevel import BilevelProblem, KKTRelaxation, Status, verify
+from bilevel.algorithms import kkt_relaxation
 from bilevel.algorithms.kkt_checks import looks_convex, lower_scale, moves_with_x
 from bilevel.algorithms.relaxed_kkt import RelaxedKKT, solve_program
 from bilevel.algorithms.start_points import start_box
 from bilevel.flat import FlatProblem
 from bilevel.lower_level import solve_lower_level
 from constrained.multipliers import FlatMultipliers
-from implicit import SolveError, tree
+from implicit import Run, SolveError, tree
+from implicit.iterate import iterate
 
 ZERO = torch.zeros(1, dtype=torch.float64)
 
@@ -219,6 +221,42 @@ def test_curved_lower_set() -> None:
     assert found.upper_value <= float(value.min()) + 1e-9
     assert found.upper_value == pytest.approx(float(value.min()), abs=1e-4)
     assert float(found.y.norm()) == pytest.approx(1.0, abs=1e-8)
+
+
+def test_multipliers_of_upper_constraints_are_the_change_of_the_optimum() -> None:
+    # y = x >= 0 below makes F(x) = 2 |x - 1|^2.
+    def solved(**more: Any) -> bilevel.Solution:
+        problem = clamped(**more)
+        found = bilevel.solve(problem, KKTRelaxation(restarts=0), torch.full((2,), 0.25), torch.ones(2))
+        assert found.status is Status.CONVERGED
+        return found
+
+    row = solved(upper_inequality=lambda x, y: {"a": x[:1] - 0.5, "b": -x - 9})
+    assert distance(row.x, torch.tensor([0.5, 1.0])) < 1e-8
+    # F' = 4 (x - 1) = -2 at 1/2
+    assert distance(row.multipliers["upper_inequality"], {"a": ZERO + 2, "b": torch.zeros(2)}) < 1e-7
+    assert distance(row.multipliers["lower_inequality"], torch.zeros(2)) < 1e-7
+    equal = solved(upper_equality=lambda x, y: 2 * (x[1] + y[1]) - 6)
+    assert distance(equal.x, torch.tensor([1.0, 1.5])) < 1e-8
+    # x2 = 3/2, F' = 2, and the row changes by 4 with x2
+    assert float(equal.multipliers["upper_equality"]) == pytest.approx(-0.5, abs=1e-7)
+    box = solved(upper_set=constrained.Box(torch.tensor([1.25, -5.0]), torch.tensor([4.0, 0.75])))
+    assert distance(box.x, torch.tensor([1.25, 0.75])) < 1e-8
+    assert distance(box.multipliers["upper_set"], torch.tensor([-1.0, 1.0])) < 1e-7
+    assert "upper_inequality" not in box.multipliers
+
+
+@pytest.mark.filterwarnings("ignore:lower_inequality")
+def test_rows_moved_to_the_upper_level_have_their_multiplier_there() -> None:
+    problem = BilevelProblem(
+        upper=lambda x, y: ((x - 1) ** 2 + y**2).sum(),
+        lower=lambda x, y: 0.5 * ((y - x) ** 2).sum(),
+        lower_inequality=lambda x, y: torch.cat([2 * x - 0.5, 0.75 - y]),
+    )
+    found = bilevel.solve(problem, KKTRelaxation(restarts=0), ZERO, ZERO + 1)
+    assert found.status is Status.CONVERGED
+    # y = 3/4 with slope 3/4 - x = 1/2 below; above F' = 2 (1/4 - 1), and the row changes by 2 with x.
+    assert distance(found.multipliers["lower_inequality"], torch.tensor([0.75, 0.5])) < 1e-7
 
 
 def test_unconstrained_lower_level() -> None:
@@ -439,6 +477,19 @@ def test_budgets_keep_the_best_point() -> None:
     assert len(early.starts) == len(whole.starts) - 1
 
 
+def test_a_time_limit_ends_a_program_which_a_resumed_run_solves_again() -> None:
+    method = KKTRelaxation(restarts=0)
+    whole = bilevel.solve(clamped(2.0), method, ZERO + 2, ZERO)
+    late = bilevel.solve(clamped(2.0), method, ZERO + 2, ZERO, time_limit=1e-9)
+    assert late.status is Status.TIME_LIMIT
+    assert [row["inner_steps"] for row in late.history] == [1.0]
+    assert late.starts == ()
+    resumed = bilevel.solve(clamped(2.0), checkpoint=late.checkpoint)
+    assert resumed.status is Status.CONVERGED
+    assert torch.equal(resumed.x, whole.x)
+    assert [row["inner_steps"] for row in resumed.history[1:]] == [row["inner_steps"] for row in whole.history]
+
+
 WHOLE: dict[str, bilevel.Solution] = {}
 
 
@@ -571,10 +622,10 @@ def test_pieces_that_end_where_another_descends_are_left(bound: bool, sign: floa
     active = torch.tensor([True])
     first = solve_program(kkt.piece(active, none, 0.0), z, None, atol=1e-10, max_steps=100)
     assert float(first.z[0]) == pytest.approx(0.0, abs=1e-5)
-    assert kkt.descending(first, active) == 0
+    assert float(kkt.promises(first, active)) == pytest.approx(-2.0, abs=1e-4)
     second = solve_program(kkt.piece(~active, none, 0.0), first.z, None, atol=1e-10, max_steps=100)
     assert float(second.z[0]) == pytest.approx(0.5 * sign, abs=1e-8)
-    assert kkt.descending(second, ~active) is None
+    assert float(kkt.promises(second, ~active)) == 0.0
     # From the other side: f = (x + 1)^2 + y^2 is smallest at x = -1, y = 0, and the piece y = x ends at 0.
     other = BilevelProblem(
         upper=lambda x, y: ((sign * x + 1) ** 2 + y**2).sum(), lower=lambda x, y: 0.5 * ((y - x) ** 2).sum(), **more
@@ -583,7 +634,52 @@ def test_pieces_that_end_where_another_descends_are_left(bound: bool, sign: floa
     third = solve_program(
         kkt.piece(~active, none, 0.0), torch.tensor([sign, sign, 0.0]), None, atol=1e-10, max_steps=100
     )
-    assert kkt.descending(third, ~active) == 0
+    assert float(kkt.promises(third, ~active)) == pytest.approx(-2.0, abs=1e-4)
+
+
+def kinks(count: int) -> tuple[BilevelProblem, Any]:
+    """y = max(x, 0) and f = |x - 1|^2 + |y|^2, smallest at 1/2; and a run that is in the piece y = 0."""
+    problem = BilevelProblem(
+        upper=lambda x, y: ((x - 1) ** 2 + y**2).sum(),
+        lower=lambda x, y: 0.5 * ((y - x) ** 2).sum(),
+        lower_inequality=lambda x, y: -y,
+    )
+    start = torch.full((count,), -1.0), torch.zeros(count)
+    method = KKTRelaxation(restarts=0).resolve(problem, *start)
+    state = method.init(problem, *start)
+    state.point = torch.cat([*start, torch.ones(count)])
+    state.active, state.phase, state.relaxed_value = torch.ones(count, dtype=torch.bool), "piece", math.inf
+    return problem, iterate(method, problem, Run(state), max_steps=20)
+
+
+def test_pairs_are_turned_over_one_by_one() -> None:
+    # The multiplier of every pair is 2: f = 2 x + O(x^2) on the side x < 0 and falls on the other.
+    _, run = kinks(3)
+    assert run.status is Status.CONVERGED
+    assert run.state.step == 4
+    assert distance(run.state.x, torch.full((3,), 0.5)) < 1e-8
+    assert not run.state.unexplored
+
+
+def test_a_point_from_which_f_still_falls_is_not_called_a_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kkt_relaxation, "FLIPS", 2)
+    problem, run = kinks(3)
+    assert sorted(round(v, 4) for v in run.state.x.tolist()) == [0.0, 0.5, 0.5]
+    assert verify(problem, run.state.x, run.state.y)  # bilevel feasible, but not optimal: one x at the kink
+    assert run.status is Status.STALLED
+    assert run.state.unexplored
+    method = KKTRelaxation(restarts=0).resolve(problem, run.state.x, run.state.y)
+    _, status, message = method.assess(problem, run.state, run.status)
+    assert status is Status.STALLED
+    assert "other side of a pair" in message
+
+
+def test_promises_that_do_not_hold_are_settled_by_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RelaxedKKT, "promises", lambda *_: -(ZERO + 1))  # multipliers that are not unique say anything
+    _, run = kinks(1)
+    assert run.status is Status.CONVERGED
+    assert distance(run.state.x, ZERO + 0.5) < 1e-8
+    assert run.state.step == 3  # y = 0, y = x, and back in y = 0, which is not better
 
 
 def test_relaxed_points_are_nearly_optimal_below() -> None:

@@ -73,7 +73,14 @@ POINTS: list[tuple[Any, Any, Any, Any, type[Exception], str]] = [
     (f, g, X0, torch.zeros(4), ValueError, r"upper\(x, y\) failed|lower\(x, y\) failed"),
     (f, lambda x, y: (x**2).sum(), X0, Y0, ValueError, r"lower does not depend on y.*order of the arguments"),
     (f, cut, X0, Y0, ValueError, r"lower does not depend on y.*\.item\(\)"),
-    (lambda x, y: (y**2).sum(), lambda x, y: (y**2).sum(), X0, Y0, ValueError, r"x enters neither objective"),
+    (
+        lambda x, y: (y**2).sum(),
+        lambda x, y: (y**2).sum(),
+        X0,
+        Y0,
+        ValueError,
+        r"x enters neither an objective nor a constraint",
+    ),
     (f, lambda x, y: (y - x) ** 2, X0, Y0, ValueError, r"lower must return a scalar, got shape \(3,\)"),
     (lambda x, y: 3.0, g, X0, Y0, TypeError, r"upper must return a scalar tensor.*got float"),
     (f, lambda x, y: g(x, y) + float("nan"), X0, Y0, ValueError, r"lower\(x0, y0\) is nan"),
@@ -105,17 +112,56 @@ def test_points(upper: Any, lower: Any, x: Any, y: Any, error: type[Exception], 
 def test_a_leaf_that_enters_nothing_is_named() -> None:
     x = {"used": torch.zeros(3), "idle": torch.zeros(2)}
     problem = BilevelProblem(lambda x, y: f(x["used"], y), lambda x, y: g(x["used"], y))
-    with pytest.raises(ValueError, match=r"x\['idle'\] enters neither objective"):
+    with pytest.raises(ValueError, match=r"x\['idle'\] enters neither an objective nor a constraint"):
         problem.validate(x, Y0)
     y = {"used": torch.zeros(3), "idle": torch.zeros(2)}
     problem = BilevelProblem(lambda x, y: f(x, y["used"]), lambda x, y: g(x, y["used"]))
-    with pytest.warns(UserWarning, match=r"y\['idle'\] does not enter the lower objective"):
+    with pytest.warns(UserWarning, match=r"y\['idle'\] enters neither the lower objective nor a lower"):
         problem.validate(X0, y)
 
 
-def test_an_upper_objective_without_y_warns() -> None:
-    with pytest.warns(UserWarning, match="upper does not depend on y"):
-        BilevelProblem(lambda x, y: (x**2).sum(), g).validate(X0, Y0)
+@pytest.mark.parametrize("level", ["upper", "lower"])
+@pytest.mark.parametrize("kind", ["inequality", "equality"])
+def test_a_leaf_that_enters_a_constraint_alone(kind: str, level: str) -> None:
+    x, y = ({"used": torch.zeros(3), "rows": torch.zeros(2)} for _ in range(2))
+
+    def upper(x: Any, y: Any) -> Any:
+        return f(x["used"], y["used"])
+
+    def lower(x: Any, y: Any) -> Any:
+        return g(x["used"], y["used"])
+
+    def rows(x: Any, y: Any) -> Any:
+        return {"a": x["rows"] - 1, "b": y["rows"]}
+
+    declared: dict[str, Any] = {f"{level}_{kind}": rows}
+    problem = BilevelProblem(upper, lower, **declared)
+    if level == "lower":
+        problem.validate(x, y)
+    else:
+        with pytest.warns(UserWarning, match=r"y\['rows'\] enters neither the lower objective nor a lower constraint"):
+            problem.validate(x, y)
+    for other in (lambda x, y: y["used"] - x["used"], lambda x, y: torch.ones(2)):
+        declared = {f"{level}_{kind}": other}
+        problem = BilevelProblem(upper, lower, **declared)
+        with (
+            pytest.raises(ValueError, match=r"x\['rows'\] enters neither an objective nor a constraint"),
+            pytest.warns(UserWarning, match=r"y\['rows'\] enters neither"),
+        ):
+            problem.validate(x, y)
+
+
+def test_an_upper_level_without_y_warns() -> None:
+    def upper(x: Any, y: Any) -> Any:
+        return (x**2).sum()
+
+    without: list[dict[str, Any]] = [{}, {"upper_equality": lambda x, y: x}, {"lower_equality": lambda x, y: y}]
+    for rows in without:
+        with pytest.warns(UserWarning, match="upper does not depend on y"):
+            BilevelProblem(upper, g, **rows).validate(X0, Y0)
+    with_y: list[dict[str, Any]] = [{f"upper_{kind}": lambda x, y: y - x} for kind in ("inequality", "equality")]
+    for rows in with_y:
+        BilevelProblem(upper, g, **rows).validate(X0, Y0)
 
 
 def test_mixed_devices_are_named() -> None:
@@ -158,7 +204,12 @@ MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"callbacks": [3]}, TypeError, r"callbacks must be functions of a StepInfo, got 3"),
     ({"rtol": -1.0}, ValueError, r"rtol must be >= 0"),
     ({"algorithm": bilevel.Penalty}, TypeError, r"not the class: Penalty\(\)"),
-    ({"algorithm": "penalty"}, TypeError, r"such as bilevel.Penalty\(\), or 'auto', got 'penalty'"),
+    (
+        {"algorithm": "penalty"},
+        TypeError,
+        r"'auto' or an object such as bilevel.ImplicitGradient\(\), bilevel.*, got 'penalty'",
+    ),
+    ({"algorithm": None}, TypeError, r"'auto' or an object such as .*bilevel.LVHBA\(\), .*, got None"),
     ({"x0": None}, TypeError, r"x0 is missing"),
     ({"problem": f}, TypeError, r"problem must be a bilevel.BilevelProblem, got function"),
 ]

@@ -6,6 +6,7 @@ bilevel programs with a nonconvex inner program", Journal of Global Optimization
 """
 
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from bilevel.algorithms.base import Algorithm
 from bilevel.algorithms.kkt_checks import looks_convex, lower_scale, moves_with_x, require_third_derivatives
+from bilevel.algorithms.kkt_relaxation_report import accuracy_of, conclusion, finished_starts
 from bilevel.algorithms.kkt_relaxation_state import (
     BEGIN,
     CUTS,
     FAILED,
     INFEASIBLE,
-    OUTCOMES,
     PIECE,
     REJECTED,
     RELAX,
@@ -34,7 +35,7 @@ from bilevel.flat import FlatProblem
 from bilevel.lower_level import solve_lower_level
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Accuracy, Start
-from bilevel.verify import verify
+from bilevel.verify import STARTS, verify, verify_flat
 from constrained.multipliers import FlatMultipliers
 from implicit import Status, tree
 from implicit.iterate import Values
@@ -54,7 +55,8 @@ POLISH = 1e-5
 SHARPER = 1e-2
 """The last program is solved to this fraction of the tolerance, if it can be: where a constraint holds without force,
 the error of a point is the square root of the residual."""
-FLIPS = 5
+FLIPS = 20
+"""Pairs that one path turns over; every one lowers f, or is settled."""
 INNER_STEPS, INNER_STEPS_OF_RESTARTS = 300, 150
 LOWER_STEPS = 200
 LARGEST = 1e6
@@ -72,6 +74,7 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
     decreasing sequence of t, each from the end of the one before. From ``t <= 1e-5`` on, what is active is read off,
     and a last program with exact complementarity, one side of each pair fixed at zero, gives the final point. Where
     both sides of a pair are zero and its multiplier promises descent, the pair is turned over, and it is solved again.
+    CONVERGED is not claimed where such a promise was not looked into.
 
     One step of the run is one such program. The given start comes first, with the multipliers of the lower level
     solved at x0, then random ones, uniform in the box that bounds and affine constraints leave, or around the given
@@ -212,10 +215,14 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
             above=zeros(kkt.size),
             active=torch.zeros(kkt.pairs, dtype=torch.bool, device=origin.device),
             candidate=zeros(kkt.size),
+            sides=torch.zeros(kkt.pairs, dtype=torch.bool, device=origin.device),
+            promises=zeros(kkt.pairs),
+            upper_duals=_no_duals(kkt),
             cuts=zeros(CUTS, flat.m),
             extra=zeros(CUTS, len(origin)),
             trail=zeros(stages * (1 + self.restarts + CUTS) * (1 + ROUNDS), len(origin)),
             best=zeros(kkt.size),
+            best_upper_duals=_no_duals(kkt),
             least=origin.clone(),
         )
         state.kkt = kkt
@@ -245,12 +252,15 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
             self._multipliers_at(state) if relaxed else None,
             atol=self.tolerance if relaxed else SHARPER * self.tolerance,
             max_steps=INNER_STEPS if state.index == 0 else INNER_STEPS_OF_RESTARTS,
+            time_limit=None if state.deadline is None else state.deadline - time.perf_counter(),
         )
         value = kkt.value(outcome.z)
-        if relaxed:
+        if outcome.status is Status.TIME_LIMIT:
+            pass  # the run ends here, and would solve this program again if it is resumed
+        elif relaxed:
             self._after_relaxed(kkt, state, outcome, value)
         else:
-            self._after_piece(problem, kkt, state, outcome, value)
+            self._after_piece(kkt, state, outcome, value)
         return {
             "upper_value": value,
             "relaxation": t,
@@ -336,41 +346,50 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
         state.active = multipliers > slacks
         state.phase = PIECE
 
-    def _after_piece(
-        self, problem: BilevelProblem, kkt: RelaxedKKT, state: KKTRelaxationState, outcome: Outcome, value: float
-    ) -> None:
+    def _after_piece(self, kkt: RelaxedKKT, state: KKTRelaxationState, outcome: Outcome, value: float) -> None:
         solved = outcome.usable and outcome.residual.largest <= self.tolerance
         near = value <= state.relaxed_value + 10.0 * state.reached**0.5 * max(1.0, abs(value))
-        if solved and value < state.candidate_value and (near or state.flips):
+        least = state.candidate_value - self.tolerance * max(1.0, abs(value)) * (state.flips > 0)
+        if solved and value < least and (near or state.flips):
             state.candidate, state.candidate_value = outcome.z, value
             state.candidate_residual = outcome.residual.largest
-            turned = kkt.descending(outcome, state.active)
-            if turned is not None and state.flips < FLIPS:
-                state.point, state.flips = outcome.z, state.flips + 1
-                state.active = state.active.clone()
-                state.active[turned] = ~state.active[turned]
-                return
+            state.upper_duals = kkt.upper_multipliers(outcome.multipliers)
+            state.sides, state.promises = state.active, kkt.promises(outcome, state.active)
+        elif solved and state.flips:
+            state.promises[state.turned] = 0.0  # there f does not fall
         if math.isfinite(state.candidate_value):
-            self._judge(problem, kkt, state, 0.0)
+            if bool((state.promises < 0).any()) and state.flips < FLIPS and (solved or not state.flips):
+                self._turn(state)
+            else:
+                self._judge(kkt, state, 0.0)
         elif not self._last(state):
             state.relaxation *= self.decrease
             state.phase = RELAX
         else:
             state.candidate, state.candidate_value = state.point, state.relaxed_value
-            state.candidate_residual = state.relaxed_residual
-            self._judge(problem, kkt, state, state.reached)
+            state.candidate_residual, state.promises = state.relaxed_residual, torch.zeros_like(state.promises)
+            duals = FlatMultipliers(state.equality, state.inequality, state.below, state.above)
+            state.upper_duals = kkt.upper_multipliers(duals)
+            self._judge(kkt, state, state.reached)
 
-    def _judge(self, problem: BilevelProblem, kkt: RelaxedKKT, state: KKTRelaxationState, relaxation: float) -> None:
+    def _turn(self, state: KKTRelaxationState) -> None:
+        """Go on from the candidate with the pair turned over that promises most."""
+        state.turned, state.flips = int(state.promises.argmin()), state.flips + 1
+        state.point, state.active = state.candidate, state.sides.clone()
+        state.active[state.turned] = ~state.active[state.turned]
+
+    def _judge(self, kkt: RelaxedKKT, state: KKTRelaxationState, relaxation: float) -> None:
         """What becomes of the end of a path."""
         value, at = state.candidate_value, kkt.split(state.candidate)
         if self._no_better(state, value):
             self._end(state, Status.CONVERGED, value, WORSE)
             return
         x, y = kkt.flat.x_tree(at.x), kkt.flat.y_tree(at.y)
-        found = verify(problem, x, y, tolerance=TOLERANCE)
+        found = verify_flat(kkt.flat, at.x, at.y, TOLERANCE, STARTS, torch.Generator().manual_seed(0))
         if found.accepted:
             state.best, state.best_value = state.candidate, value
             state.best_residual, state.best_relaxation = state.candidate_residual, relaxation
+            state.best_upper_duals, state.unexplored = state.upper_duals, bool((state.promises < 0).any())
             state.verification = found
             tree.copy_(state.x, x)
             tree.copy_(state.y, y)
@@ -435,58 +454,37 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
         if state.index <= self.restarts + state.extra_count:
             return Status.RUNNING
         if math.isfinite(state.best_value):
-            return Status.CONVERGED if state.best_residual <= self.tolerance else Status.STALLED
+            solved = state.best_residual <= self.tolerance and not state.unexplored
+            return Status.CONVERGED if solved else Status.STALLED
         return Status.INFEASIBLE if all(v == INFEASIBLE for v in state.outcomes) else Status.STALLED
 
     def multipliers(self, problem: BilevelProblem, state: KKTRelaxationState) -> dict[str, Tree]:
-        """Those of the lower level at the best point."""
+        """At the best point: of the lower level, and those of the upper constraints in the last program."""
         if not math.isfinite(state.best_value):
             return {}
         kkt = self._kkt(problem, state)
-        found = kkt.multipliers(state.best)
-        return kkt.flat.multipliers(found.inequality, found.equality, found.lower, found.upper)
+        named: dict[str, Tree] = {}
+        for level, found in (("upper", state.best_upper_duals), ("lower", kkt.multipliers(state.best))):
+            for name, value in kkt.flat.multipliers(
+                found.inequality, found.equality, found.lower, found.upper, level
+            ).items():
+                # Rows of a lower function may belong to both levels, each has zeros in those of the other.
+                named[name] = tree.add(named[name], value) if name in named else value
+        return named
 
     def starts(self, problem: BilevelProblem, state: KKTRelaxationState) -> tuple[Start, ...]:
         """One entry per finished start."""
         assert self.restarts is not None
-        found = []
-        for k, (status, value, outcome) in enumerate(zip(state.statuses, state.values, state.outcomes, strict=True)):
-            name = "given" if k == 0 else f"random {k}"
-            found.append(
-                Start(
-                    name=name if k <= self.restarts else f"better y {k - self.restarts}",
-                    status=list(Status)[status],
-                    upper_value=value,
-                    accepted=outcome == VERIFIED,
-                    note=OUTCOMES[outcome],
-                )
-            )
-        return tuple(found)
+        return finished_starts(state, self.restarts)
 
     def assess(
         self, problem: BilevelProblem, state: KKTRelaxationState, status: Status
     ) -> tuple[Accuracy, Status, str]:
         """Verification of the end point, and what became of the starts."""
         found = state.verification or verify(problem, state.x, state.y, tolerance=TOLERANCE)
-        accuracy = Accuracy(
-            stationarity=found.stationarity,
-            feasibility=max(found.upper_feasibility, found.lower_feasibility),
-            optimality_gap=found.optimality_gap,
-            lower_kkt=found.lower_kkt,
-            notes=found.notes,
-        )
-        verified = math.isfinite(state.best_value)
-        how = "exact complementarity" if not state.best_relaxation else f"products up to {state.best_relaxation:.0e}"
-        tried = f"{len(state.outcomes)} starts, {state.outcomes.count(VERIFIED)} accepted as better than those before"
-        if verified and not found.accepted:
-            return accuracy, Status.STALLED, f"verified before, but not again: {found.reasons[0]}"
-        if verified:
-            text = f"verified; KKT residual {state.best_residual:.3g} with {how}; {tried}"
-            return accuracy, status, text if status is Status.CONVERGED else f"{status.value}; {text}"
-        if status is Status.INFEASIBLE:
-            text = (
-                f"every start ended at a point that is infeasible; the least violation is {state.least_violation:.3g}"
-            )
-            return accuracy, status, text
-        reasons = ", ".join(sorted({OUTCOMES[v] for v in state.outcomes})) or "no start is finished"
-        return accuracy, status, f"no point was verified; {reasons}" + (f"; {state.said}" if state.said else "")
+        return accuracy_of(found), *conclusion(state, found, status)
+
+
+def _no_duals(kkt: RelaxedKKT) -> FlatMultipliers:
+    upper, zeros = kkt.flat.upper_level, kkt.flat.upper_level.lower.new_zeros
+    return FlatMultipliers(zeros(upper.equalities), zeros(upper.inequalities), zeros(kkt.flat.n), zeros(kkt.flat.n))

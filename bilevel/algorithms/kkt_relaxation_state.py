@@ -9,6 +9,7 @@ from bilevel.algorithms.base import BilevelState
 from bilevel.algorithms.relaxed_kkt import RelaxedKKT
 from bilevel.algorithms.start_points import StartBox
 from bilevel.verify import Verification
+from constrained.multipliers import FlatMultipliers
 
 CUTS = 12
 """Better lower points that are kept."""
@@ -40,11 +41,15 @@ class KKTRelaxationState(BilevelState):
         relaxation: of the products; ``reached`` is the last one whose program was solved, with ``relaxed_value`` and
             ``relaxed_residual``, f and the KKT residual at its end.
         active: which slacks are zero in the current piece.
-        candidate: the end of the last piece, with f and its KKT residual.
+        candidate: the best end of a piece, with f and its KKT residual, the pairs whose slacks were zero (``sides``),
+            the multipliers of the upper constraints (``upper_duals``), and how f changes with the fixed sides of its
+            pairs (``promises``), as far as pieces beyond them have not been looked at; ``turned`` is the pair whose
+            other side is looked at now.
         cuts: better lower points, ``cut_count`` of them.
         extra: starts that were found on the way, shape (CUTS, n + m), ``extra_count`` of them.
         trail: where relaxed programs ended, and ``trail_keys`` at which relaxation and number of cuts.
-        best: the best verified unknowns, with f, KKT residual and relaxation.
+        best: the best verified unknowns, with f, KKT residual, relaxation and multipliers of the upper constraints;
+            ``unexplored`` says that f promises to fall on sides of its pairs that were not looked at.
         least: the least infeasible pair ``(x, y)``, shape (n + m,), while nothing is verified.
         statuses, values, outcomes: one entry per finished start.
         said: why the last rejected point was rejected.
@@ -72,6 +77,10 @@ class KKTRelaxationState(BilevelState):
     candidate: Tensor
     candidate_value: float = math.inf
     candidate_residual: float = math.inf
+    sides: Tensor
+    promises: Tensor
+    turned: int = 0
+    upper_duals: FlatMultipliers
     cuts: Tensor
     cut_count: int = 0
     extra: Tensor
@@ -82,6 +91,8 @@ class KKTRelaxationState(BilevelState):
     best_value: float = math.inf
     best_residual: float = math.inf
     best_relaxation: float = 0.0
+    best_upper_duals: FlatMultipliers
+    unexplored: bool = False
     least: Tensor
     least_violation: float = math.inf
     statuses: list[int] = field(default_factory=list)

@@ -158,8 +158,8 @@ class RelaxedKKT:
         upper[self.places[~active]] = 0.0
         return self._declare(found, inequality, equality, lower, upper)
 
-    def descending(self, outcome: "Outcome", active: Tensor) -> int | None:
-        """The pair of a solved piece whose other side promises the steepest descent of f; None if there is none.
+    def promises(self, outcome: "Outcome", active: Tensor) -> Tensor:
+        """How f changes with the fixed side of each pair of a solved piece, shape (k,); zero where it cannot fall.
 
         Only pairs with both sides at zero can be turned over. Where the slack is fixed, the multiplier of the program
         that would have the wrong sign if the slack could grow tells; where the multiplier is fixed, likewise.
@@ -176,8 +176,18 @@ class RelaxedKKT:
         own[p + a :] = -duals.lower[at_y][self.high]
         own = torch.where(active, own, -duals.upper[self.places])
         both = (multipliers <= BIACTIVE) & (slacks <= BIACTIVE)
-        own = torch.where(both, own, 0.0)
-        return int(own.argmin()) if self.pairs and bool(own.amin() < -BIACTIVE) else None
+        return torch.where(both & (own < -BIACTIVE), own, 0.0)
+
+    def upper_multipliers(self, multipliers: FlatMultipliers) -> FlatMultipliers:
+        """The part of a program's multipliers that belongs to the upper rows and the bounds on x."""
+        flat = self.flat
+        begin = flat.m + flat.lower_level.equalities
+        return FlatMultipliers(
+            multipliers.equality[begin : begin + flat.upper_level.equalities],
+            multipliers.inequality[: flat.upper_level.inequalities],
+            multipliers.lower[: flat.n],
+            multipliers.upper[: flat.n],
+        )
 
     def value(self, z: Tensor) -> float:
         """f at z."""
@@ -283,12 +293,13 @@ def solve_program(
     *,
     atol: float,
     max_steps: int,
+    time_limit: float | None = None,
 ) -> Outcome:
     """By the interior-point method. Interrupts are left to the driver of the run, which waits for the step's end."""
     lagrangian = Lagrangian(problem, z)
     method = InteriorPoint(atol=atol)
     run = Run(method.init(lagrangian, z.clone(), multipliers))
-    iterate(method, lagrangian, run, max_steps=max_steps)
+    iterate(method, lagrangian, run, max_steps=max_steps, time_limit=time_limit)
     if run.error is not None:
         raise run.error
     state = run.state

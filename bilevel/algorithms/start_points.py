@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.flat import FlatProblem, Rows
+from bilevel.probes import beside, same
 from implicit import Jacobian
 
 PROGRAMS = 100
@@ -18,7 +19,6 @@ WIDE = 10.0
 ROUND = 1e-12
 LARGE = 1e6
 """A side beyond this is as good as none."""
-SAME = 1e4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,17 +96,16 @@ def _tightened(flat: FlatProblem, center: Tensor, low: Tensor, high: Tensor) -> 
 def _affine(rows: Rows, n: int, center: Tensor) -> tuple[Tensor, Tensor]:
     """``(A, b)`` of those rows ``A z - b`` whose gradients are the same at several points."""
     generator = torch.Generator().manual_seed(0)
-    eps, first, keep = float(torch.finfo(center.dtype).eps), None, torch.zeros(0)
+    first, keep = None, torch.zeros(0)
     for reach in (0.0, 1.0, 30.0):
-        noise = torch.randn(center.shape, generator=generator, dtype=center.dtype).to(center.device)
-        at = center + reach * (1.0 + center.abs()) * noise
+        at = beside(center, generator, reach)
         found = Jacobian(lambda z: rows(z[:n], z[n:]) + 0.0 * z.sum(), at)
         matrix = found.to_dense()
         if first is None:
             first, keep = (matrix, matrix @ center - found.value), torch.isfinite(matrix).all(dim=1)
         else:
             size = first[0].abs().amax(dim=1, keepdim=True)
-            keep &= ((matrix - first[0]).abs() <= SAME * eps * size).all(dim=1)
+            keep &= same(matrix, first[0], size).all(dim=1)
     assert first is not None
     keep &= torch.isfinite(first[1])
     return first[0][keep], first[1][keep]
