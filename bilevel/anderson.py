@@ -17,6 +17,10 @@ RIDGE = 1e-10
 """On the normal equations, relative to their trace: consecutive differences are nearly dependent."""
 
 LONGEST = 16.0
+CREDIT = 5.0
+"""In memories: fewer points end the acceleration too early where rounding hides the merit."""
+CLOSER = 0.9
+"""A residual is a new smallest one from this fraction of the last on."""
 
 
 @dataclass(kw_only=True)
@@ -27,6 +31,8 @@ class AndersonState(State):
         residuals, images: ``T(s) - s`` and ``T(s)`` at the last accepted points, newest last, ``(memory + 1, d)``.
         kept: how many rows of them are in use.
         norm: ``||T(s) - s||`` at the newest.
+        lowest: the smallest so far that was visibly smaller than those before.
+        credit: how many points may still be accepted for their residual before there is a smaller one than that.
         merit: what the iteration descends, there.
         extrapolated: whether the point handed out last was extrapolated.
         wait: plain steps to go before the next extrapolation.
@@ -37,6 +43,8 @@ class AndersonState(State):
     images: Tensor
     kept: Tensor
     norm: Tensor
+    lowest: Tensor
+    credit: Tensor
     merit: Tensor
     extrapolated: Tensor
     wait: Tensor
@@ -50,8 +58,10 @@ class Anderson:
     The next point is ``T(s) - sum_i g_i (T(s_{i+1}) - T(s_i))`` with the g that makes the same combination of residuals
     smallest. A point where the residual or the merit is larger than at the last accepted one is refused, and the plain
     step ``T(s)`` from there taken instead; the two newest rows are kept then, as what is older misled. The residual
-    alone would lead to maxima and saddle points as well. Each refusal in a row doubles the number of plain steps before
-    the next attempt.
+    alone would lead to maxima and saddle points as well, and where the merit may be wrong by more than a plain step
+    lowers it, extrapolations uphill and plain steps downhill would take turns for ever: after ``5 memory`` points that
+    only the residual spoke for, and no new smallest residual, the merit must have visibly fallen. Each refusal in a row
+    doubles the number of plain steps before the next attempt.
 
     Args:
         memory: differences to combine; 0 is the plain iteration.
@@ -68,6 +78,8 @@ class Anderson:
             images=rows.clone(),
             kept=zero,
             norm=zero + torch.inf,
+            lowest=zero + torch.inf,
+            credit=zero + CREDIT * self.memory,
             merit=zero + torch.inf,
             extrapolated=zero > 0,
             wait=zero.clone(),
@@ -78,6 +90,7 @@ class Anderson:
         """Start over, where T has changed."""
         state.kept = torch.where(where, 0.0, state.kept)
         state.norm = torch.where(where, torch.inf, state.norm)
+        state.lowest = torch.where(where, torch.inf, state.lowest)
         state.merit = torch.where(where, torch.inf, state.merit)
         state.extrapolated = state.extrapolated & ~where
 
@@ -98,7 +111,11 @@ class Anderson:
         residual = image - point
         norm = torch.linalg.vector_norm(residual)
         lower = merit < state.merit - slack
-        refused = state.extrapolated & ~(lower | ((norm <= state.norm) & (merit <= state.merit + slack)))
+        closer = (norm <= state.norm) & (merit <= state.merit + slack) & (state.credit > 0)
+        refused = state.extrapolated & ~(lower | closer)
+        record = ~refused & (norm <= CLOSER * state.lowest)
+        climbed = state.extrapolated & ~refused & ~lower
+        state.credit = torch.where(record, CREDIT * self.memory, state.credit - climbed.to(norm))
         welcome = state.extrapolated & ~refused
         fallback = state.images[-1].clone()
         state.residuals = torch.where(refused, state.residuals, torch.cat([state.residuals[1:], residual[None]]))
@@ -107,6 +124,7 @@ class Anderson:
             refused, torch.clamp(state.kept, max=2), torch.clamp(state.kept + 1, max=self.memory + 1)
         )
         state.norm = torch.where(refused, state.norm, norm)
+        state.lowest = torch.where(record, norm, state.lowest)
         state.merit = torch.where(refused, state.merit, merit)
         state.wait = torch.where(refused, state.pause, state.wait - 1)
         state.pause = torch.where(

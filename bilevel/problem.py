@@ -154,7 +154,7 @@ class BilevelProblem:
         Raises:
             TypeError: for leaves that are no floating-point tensors, or objectives that return no scalar tensor.
             ValueError: for mixed devices, NaN, an objective that is random although its data are not, a lower objective
-                without y, an x that enters nothing, sets that do not fit.
+                without y, a part of x that enters nothing, sets that do not fit.
 
         Warns:
             UserWarning: if the upper level ignores y, or a leaf of y enters neither the lower objective nor a lower
@@ -184,8 +184,11 @@ class BilevelProblem:
                     stacklevel=3,
                 )
         of_x = used["upper"][0], used["lower"][0], bound["upper"][0], bound["lower"][0]
-        for name, *enters in zip(tree.paths(x0), *of_x, strict=True):
-            if not any(enters):
+        entered = [any(enters) for enters in zip(*of_x, strict=True)]
+        # Where constraints leave the upper level nothing but the choice among lower solutions, an idle x does no harm.
+        idle = self.constraints and not any(entered)
+        for name, enters in zip(tree.paths(x0), entered, strict=True):
+            if not (enters or idle):
                 raise ValueError(
                     f"x{name} enters neither an objective nor a constraint; remove it, or check that the graph is not "
                     "cut"

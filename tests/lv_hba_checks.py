@@ -112,7 +112,7 @@ def scaled(cls: Method) -> None:
 def without_upper(cls: Method) -> tuple[problems.Case, bilevel.LVHBA, LVHBAState]:
     """The polyhedral case, the method without the upper objective (c is huge) and with unit scales, and a state."""
     case = problems.case("coupled_polyhedral")
-    method = cls(penalty=1e20, upper_curvature=1.0, lower_curvature=1.0, radius=3.0)
+    method = cls(penalty=1e20, upper_curvature=1.0, lower_curvature=1.0, lengths=(1.0,), radius=3.0)
     method = method.resolve(case.problem, *case.start)
     state = method.init(case.problem, *case.start)
     state.weights = torch.ones_like(state.weights)
@@ -159,7 +159,7 @@ def field(
     for _ in range(400):
         image, _ = method._image(work, work.flat.oracle, state, here, c, whole)
         _, theta, lam, _ = image.split(work.sizes)
-        here = Iterate(x, y, method._in_y(work, theta), method._in_z(work, state, lam), z)
+        here = Iterate(x, y, work.in_y(theta), work.in_z(lam, state.radius), z)
     image, values = method._image(work, work.flat.oracle, state, here, c, whole)
     pair_, _, _, dual = image.split(work.sizes)
     assert method.outer_step and method.dual_step
@@ -200,5 +200,32 @@ def large_rows(cls: Method) -> None:
     case(cls, "coupled_sum", 250, n=100)
 
 
+def lengths(cls: Method) -> None:
+    """The polyhedral case with bounds on y, x in units of 64 and y in units of 1/64: only y may reach its bounds.
+
+    Raises:
+        AssertionError: if the solution is not the one in other units, or takes many more steps.
+    """
+    chosen = problems.case("coupled_polyhedral")
+    declared, big = chosen.problem, 64.0
+    problem = BilevelProblem(
+        lambda x, y: declared.upper(big * x, y / big),
+        lambda x, y: declared.lower(big * x, y / big),
+        lower_inequality=lambda x, y: declared.lower_inequality(big * x, y / big),  # type: ignore[misc]
+        lower_set=Box(-0.5 * big, 0.5 * big),
+    )
+    plain = BilevelProblem(
+        declared.upper,
+        declared.lower,
+        lower_inequality=declared.lower_inequality,
+        lower_set=Box(-0.5, 0.5),
+    )
+    x, y = chosen.start
+    expected = solve(bilevel.LVHBA, plain, x, y, 20_000)
+    assert float(tree.ravel(expected.y).abs().max()) > 0.5 - 1e-6
+    found = solve(cls, problem, x / big, y * big, 3 * expected.steps)
+    close((big * found.x, found.y / big), (expected.x, expected.y), "(x, y)")
+
+
 Check = Callable[[Method], None]
-CHECKS: tuple[Check, ...] = (active, inactive, polyhedral, equation, bounds, scaled, large_rows, directions)
+CHECKS: tuple[Check, ...] = (active, inactive, polyhedral, equation, bounds, scaled, large_rows, directions, lengths)

@@ -107,3 +107,26 @@ def test_forgetting_leaves_the_plain_step() -> None:
     method.forget(state, torch.tensor(True))
     after, refused = method.advance(state, point, step(point), torch.zeros(()), torch.zeros(()))
     assert torch.equal(after, step(point)) and not bool(refused)
+
+
+def test_residuals_alone_lead_uphill_for_a_while_only() -> None:
+    """Residuals that shrink by a thousandth with a merit that rises by less than its error, memory 2."""
+    method, point = Anderson(memory=2), torch.zeros(2)
+    state, slack = method.init(point), torch.tensor(1.0)
+    flags = []
+    for k in range(14):
+        angle = torch.tensor(0.3 * k)
+        residual = (1.0 - 0.001 * k) * torch.stack([angle.cos(), angle.sin()])
+        point, refused = method.advance(state, point, point + residual, torch.tensor(0.01 * k), slack)
+        flags.append(bool(refused))
+    # Two plain points, ten extrapolated ones, and then the merit would have to speak.
+    assert flags == 12 * [False] + [True, False]
+    assert float(state.credit) == 0.0
+    other = copy.copy(state)
+    other.extrapolated = torch.tensor(True)
+    small = torch.tensor([0.1, 0.0])  # a new smallest residual, but not from a point that is accepted
+    _, refused = method.advance(other, point, point + small, torch.tensor(0.2), slack)
+    assert bool(refused) and float(other.credit) == 0.0
+    other.extrapolated = torch.tensor(False)
+    method.advance(other, point, point + small, torch.tensor(0.2), slack)
+    assert float(other.credit) == 10.0

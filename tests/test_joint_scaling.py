@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bilevel import Batches, BilevelProblem
 from bilevel.flat import FlatProblem
-from bilevel.joint_scaling import joint_curvature, row_weights
+from bilevel.joint_scaling import MILD, by_variable, joint_curvature, row_weights, variable_lengths
 from bilevel.measure import draw_oracles
 from bilevel.oracle import new_counts
 
@@ -86,3 +86,82 @@ def test_without_rows_there_are_no_weights() -> None:
     problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y - x).square().sum())
     zero = torch.zeros(2)
     assert row_weights(FlatProblem(problem, zero, zero), zero, zero).shape == (0,)
+
+
+def machine(wide: float = 1.0) -> tuple[FlatProblem, Tensor, Tensor]:
+    """60 rows that share 3 weights, each with a slack of its own whose price is an entry of x."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(60, 3, generator=generator)
+
+    def lower(x: Tensor, y: dict[str, Tensor]) -> Tensor:
+        return 0.5 * (wide * y["w"]).square().sum() + 0.5 * (torch.exp(x) * y["slack"].square()).sum()
+
+    problem = BilevelProblem(
+        lambda x, y: (y["w"] - 1.0).square().sum() + (table @ y["w"]).sigmoid().mean(),
+        lower,
+        lower_inequality=lambda x, y: 1.0 - y["slack"] - table @ (wide * y["w"]),
+    )
+    x, y = torch.full((60,), -3.0), {"slack": torch.rand(60, generator=generator), "w": torch.full((3,), 0.1 / wide)}
+    flat = FlatProblem(problem, x, y)
+    return flat, flat.flat_x(x), flat.flat_y(y)
+
+
+def leaf_norms(flat: FlatProblem, x: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
+    """Root mean squared column norms of (H_F, H_f, J) in these lengths by leaf, from dense second derivatives."""
+    point = torch.cat([x, y])
+    n = len(x)
+    J = torch.func.jacrev(lambda z: flat.lower_level.inequality(z[:n], z[n:]))(point) * lengths
+    J = J / torch.linalg.vector_norm(J, dim=1, keepdim=True)
+    columns = J.square().sum(dim=0)
+    for objective in (flat.upper, flat.lower):
+        H = torch.func.hessian(lambda z, f=objective: f(z[:n], z[n:]))(point)
+        columns += ((lengths[:, None] * H * lengths) / torch.linalg.vector_norm(H, dim=0).amax()).square().sum(dim=0)
+    return torch.stack([part.mean() for part in columns.split([60, 60, 3])]).sqrt()
+
+
+def test_lengths_bring_columns_together() -> None:
+    for wide in (1.0, 10.0, 100.0):
+        flat, x, y = machine(wide)
+        lengths = variable_lengths(flat, x, y, [flat.oracle])
+        assert all(math.log2(length).is_integer() for length in lengths)
+        # Prices matter little and get long lengths; shared weights get short ones in large units.
+        price, slack, weight = lengths
+        assert price > slack > weight
+        before = leaf_norms(flat, x, y, torch.ones(123))
+        after = leaf_norms(flat, x, y, by_variable(flat, lengths))
+        assert float(after.amax() / after.amin()) <= float(before.amax() / before.amin()) ** 0.75
+
+
+def test_mild_differences_leave_the_variables_alone() -> None:
+    problem = BilevelProblem(
+        lambda x, y: x.square().sum() + y.square().sum(),
+        lambda x, y: 1.5 * (y - x).square().sum(),
+        lower_inequality=lambda x, y: y - 1.2 * x,
+    )
+    x, y = torch.zeros(2), torch.ones(2)
+    flat = FlatProblem(problem, x, y)
+    assert variable_lengths(flat, x, y, [flat.oracle]) == (1.0,)
+    assert torch.equal(by_variable(flat, (1.0,)), torch.ones(4))
+    assert MILD == 4.0
+
+
+def test_curvature_and_weights_are_those_in_the_lengths() -> None:
+    flat, x, y = machine(100.0)
+    lengths = by_variable(flat, variable_lengths(flat, x, y, [flat.oracle]))
+    n, point = len(x), torch.cat([x, y])
+    H = torch.autograd.functional.hessian(lambda z: flat.lower(z[:n], z[n:]), point)
+    expected = float(torch.linalg.eigvalsh(lengths[:, None] * H * lengths).abs().max())
+    assert joint_curvature(flat, "lower", x, y, [flat.oracle], lengths) == pytest.approx(expected, rel=1e-4)
+    J = torch.func.jacrev(lambda z: flat.lower_level.inequality(z[:n], z[n:]))(point) * lengths
+    J = J / J.norm(dim=1, keepdim=True)
+    weights = row_weights(flat, x, y, lengths)
+    unit = weights[:, None] * torch.func.jacrev(lambda z: flat.lower_level.inequality(z[:n], z[n:]))(point) * lengths
+    torch.testing.assert_close(unit, J / torch.linalg.matrix_norm(J, 2).clamp(min=1.0))
+
+
+def test_lengths_are_one_for_every_leaf() -> None:
+    flat, _, _ = machine()
+    found = by_variable(flat, (2.0, 3.0, 5.0))
+    assert torch.equal(found, torch.cat([torch.full((60,), 2.0), torch.full((60,), 3.0), torch.full((3,), 5.0)]))
+    with pytest.raises(ValueError, match=r"lengths must have one number for each of the 3 leaves of x and y"):
+        by_variable(flat, (1.0, 2.0))

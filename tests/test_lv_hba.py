@@ -51,7 +51,13 @@ def test_the_bias_of_one_penalty_is_the_one_of_theory() -> None:
     case = problems.case("coupled_scalar_inactive")
     for gamma, c in ((1.0, 11.9), (1.0, 40.0), (5.0, 11.9)):
         method = bilevel.LVHBA(
-            penalty=c, proximal=gamma, stages=1, upper_curvature=1.0, lower_curvature=1.0, rtol=1e-10
+            penalty=c,
+            proximal=gamma,
+            stages=1,
+            upper_curvature=1.0,
+            lower_curvature=1.0,
+            lengths=(1.0,),
+            rtol=1e-10,
         )
         reached: list[float] = []
         bilevel.solve(
@@ -445,6 +451,8 @@ def test_it_handles_every_field() -> None:
         ({"acceleration": -1}, "acceleration must be an integer of at least 0, got -1"),
         ({"proximal": -1.0}, "proximal must be positive, got -1.0"),
         ({"radius": 0}, "radius must be positive, got 0"),
+        ({"lengths": ()}, r"lengths must be positive numbers, one or one for every leaf, got \(\)"),
+        ({"lengths": (1.0, -2.0)}, r"lengths must be positive numbers, one or one for every leaf, got \(1.0, -2.0\)"),
         ({"outer_step": 0}, "outer_step must be positive, got 0"),
     ],
 )

@@ -10,6 +10,7 @@ from bilevel.algorithms.lv_hba_stages import Measured, Outcome, Stages, StagesSt
 
 SETTLED = Measured(residual=0.0, tolerance=1e-9, merit=0.0)
 MOVING = Measured(residual=1.0, tolerance=1e-9, merit=0.0)
+UNITS = torch.ones(2)
 
 
 def made(**settings: float) -> Stages:
@@ -21,7 +22,7 @@ def sequence(stages: Stages, fixed_point: Callable[[float], Tensor], penalty: fl
     state = stages.init(torch.zeros(3), penalty)
     for step in range(100):
         point = fixed_point(float(state.penalty))
-        stages.look(state, point, point, step + 1, 1, 1, SETTLED)
+        stages.look(state, point, point, step + 1, UNITS, 1, SETTLED)
         if state.outcome != Outcome.RUNNING:
             return state
     raise AssertionError("no end")
@@ -70,7 +71,7 @@ def test_a_stage_that_does_not_settle_ends_after_its_steps_and_is_not_extrapolat
     changed = []
     for step in range(1, 200):
         before, point = float(state.penalty), torch.full((3,), float(step))
-        stages.look(state, point, point, step, 1, 1, Measured(residual=1.0 / step, tolerance=0.0, merit=-step))
+        stages.look(state, point, point, step, UNITS, 1, Measured(residual=1.0 / step, tolerance=0.0, merit=-step))
         changed += [step] if float(state.penalty) != before else []
         if state.outcome != Outcome.RUNNING:
             break
@@ -84,7 +85,7 @@ def test_a_run_that_stands_still_unsettled_is_over() -> None:
     state, point = stages.init(torch.zeros(3), 1.0), torch.ones(3)
     for step in (50, 100):
         assert Outcome(state.outcome) is Outcome.RUNNING
-        stages.look(state, point, point, step, 1, 1, MOVING)
+        stages.look(state, point, point, step, UNITS, 1, MOVING)
     assert Outcome(state.outcome) is Outcome.EXHAUSTED and state.step == 2
 
 
@@ -93,12 +94,12 @@ def test_a_stage_that_stagnates_ends_early() -> None:
     state, point = stages.init(torch.zeros(3), 1.0), torch.ones(3)
     ended = []
     for step in range(10, 600, 10):
-        stages.look(state, point, point, step, 1, 1, MOVING)
+        stages.look(state, point, point, step, UNITS, 1, MOVING)
         ended.append(state.step)
     assert ended.index(1) == 50 and state.settled == [0]
     again = stages.init(torch.zeros(3), 1.0)
     for step in range(10, 3_000, 10):  # the residual halves in time
-        stages.look(again, point, point, step, 1, 1, Measured(residual=0.998**step, tolerance=1e-9, merit=0.0))
+        stages.look(again, point, point, step, UNITS, 1, Measured(residual=0.998**step, tolerance=1e-9, merit=0.0))
     assert again.step == 0
 
 
@@ -111,16 +112,35 @@ def test_the_next_stage_begins_where_the_last_two_lead() -> None:
         end = torch.ones(3) + 1.0 / float(state.penalty)
         if step > 2 and begin is not None:
             torch.testing.assert_close(begin, end)
-        begin = stages.look(state, end, end, step, 1, 1, SETTLED)
+        begin = stages.look(state, end, end, step, UNITS, 1, SETTLED)
 
 
 def test_runs_that_leave_return_to_the_start_with_a_larger_penalty() -> None:
     stages = made(count=3)
     state = stages.init(torch.full((3,), 0.5), 1.0)
     far = torch.full((3,), 1e7)
-    back = stages.look(state, far, far, 10, 1, 1, MOVING)
+    back = stages.look(state, far, far, 10, UNITS, 1, MOVING)
     assert back is not None and torch.equal(back, torch.full((3,), 0.5))
     assert float(state.penalty) == 3.0 and state.began == 10
     for step in (20, 30):
-        back = stages.look(state, far, far, step, 1, 1, MOVING)
+        back = stages.look(state, far, far, step, UNITS, 1, MOVING)
     assert back is None and Outcome(state.outcome) is Outcome.DIVERGED
+
+
+def test_changes_are_measured_in_the_units_of_the_problem() -> None:
+    """Extrapolations that still change by 1e-3 in u: in x = 2^-10 u by 1e-6, in y = theta = 2^10 u by one."""
+
+    def fixed_point(c: float) -> Tensor:
+        return torch.tensor([1.0, 1.0, 1.0]) + torch.tensor([0.1, 0.0, 0.0]) / c**0.5
+
+    def ends(unit: float) -> StagesState:
+        stages = made(rtol=1e-4, count=5)
+        state = stages.init(torch.zeros(3), 1.0)
+        for step in range(1, 6):
+            point = fixed_point(float(state.penalty))
+            stages.look(state, point, point, step, torch.tensor([unit, 1.0]), 1, SETTLED)
+        return state
+
+    short, long = ends(2.0**-10), ends(2.0**10)
+    assert Outcome(short.outcome) is Outcome.CONVERGED and Outcome(long.outcome) is Outcome.EXHAUSTED
+    assert long.change > 1e3 * short.change > 0 and long.bias > 1e3 * short.bias > 0

@@ -3,6 +3,8 @@
 The lines are those that toy implementations get wrong, each with the problem that shows it.
 """
 
+import sys
+
 import pytest
 
 import bilevel
@@ -10,16 +12,51 @@ from tests import lv_hba_checks as checks
 from tests.mutation import mutated
 
 ITERATION = "bilevel.algorithms.lv_hba"
-PROJECTED = "return Iterate(\n            near.x, near.y, self"
-NOT_PROJECTED = "return Iterate(\n            pair[: work.flat.n], pair[work.flat.n :], self"
+PROJECTED = "u, near = work.in_c(u, state.duals)"
+NOT_PROJECTED = "_, near = work.in_c(u, state.duals)"
 
-MUTATIONS = {
-    "lambda of inequalities not projected": ("multipliers[:p].clamp(min=0.0)", "multipliers[:p]", checks.inactive),
+PROJECTIONS = "bilevel.algorithms.lv_hba_state"
+
+MUTATIONS_OF_PROJECTIONS = {
+    "lambda of inequalities not projected": ("[radius.new_zeros(p), ", "[-radius.expand(p), ", checks.inactive),
     "lambda of equations restricted in sign": (
-        "torch.maximum(multipliers[p:], -state.radius)",
-        "multipliers[p:].clamp(min=0.0)",
+        "-radius.expand(len(multipliers) - p)",
+        "radius.new_zeros(len(multipliers) - p)",
         checks.equation,
     ),
+    "theta not projected onto Y": (
+        "return torch.minimum(torch.maximum(theta, level.lower / own), level.upper / own)",
+        "return theta",
+        checks.bounds,
+    ),
+    "theta projected in other units": (
+        "return torch.minimum(torch.maximum(theta, level.lower / own), level.upper / own)",
+        "return torch.minimum(torch.maximum(theta, level.lower), level.upper)",
+        checks.lengths,
+    ),
+    "C in other units": (
+        "return torch.cat([near.x, near.y]) / self.lengths, near",
+        "return torch.cat([near.x, near.y]), near",
+        checks.lengths,
+    ),
+    "distances to C in other units": (
+        "projection = JointProjection(flat, *at, scale=(lengths[:n], lengths[n:]))",
+        "projection = self.projection",
+        checks.lengths,
+    ),
+    "f in other units": (
+        "return self.flat.lower(self.lengths[:n] * u_x, self.lengths[n:] * u_y, oracle)",
+        "return self.flat.lower(u_x, u_y, oracle)",
+        checks.lengths,
+    ),
+    "rows in other units": (
+        "x, y = self.lengths[:n] * u_x, self.lengths[n:] * u_y",
+        "x, y = u_x, u_y",
+        checks.lengths,
+    ),
+}
+
+MUTATIONS = {
     "z frozen": ("z - beta * d_z]", "z]", checks.active),
     "lambda descends": ("lam - eta * d_lam", "lam + eta * d_lam", checks.inactive),
     "d_lambda without its proximal term": (
@@ -31,11 +68,6 @@ MUTATIONS = {
         "d_theta = slope + (theta - y) / self.proximal",
         "d_theta = slope",
         checks.directions,
-    ),
-    "theta not projected onto Y": (
-        "return torch.minimum(torch.maximum(theta, level.lower), level.upper)",
-        "return theta",
-        checks.bounds,
     ),
     "d_x without lambda grad g": (
         "value_and_gradient(lambda p: lagrangian(p, theta, lam), x)",
@@ -68,9 +100,10 @@ MUTATIONS = {
         "return {k: v * self.lower_curvature for k, v in verdict.multipliers.items()}",
         checks.scaled,
     ),
+    "variables not scaled": ("if work.scalable else", "if False else", checks.lengths),
     "rows not scaled": (
-        "weights = row_weights(flat, near.x, near.y)",
-        "weights = torch.ones_like(row_weights(flat, near.x, near.y))",
+        "row_weights(flat, near.x, near.y, work.lengths)",
+        "torch.ones_like(row_weights(flat, near.x, near.y, work.lengths))",
         checks.large_rows,
     ),
 }
@@ -81,6 +114,15 @@ def test_a_broken_line_is_noticed(name: str) -> None:
     old, new, check = MUTATIONS[name]
     with mutated(ITERATION, old, new) as broken, pytest.raises((AssertionError, bilevel.SolveError)):
         check(broken.LVHBA)
+
+
+@pytest.mark.parametrize("name", MUTATIONS_OF_PROJECTIONS)
+def test_a_broken_projection_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, check = MUTATIONS_OF_PROJECTIONS[name]
+    with mutated(PROJECTIONS, old, new) as broken:
+        monkeypatch.setattr(sys.modules[ITERATION], "Work", broken.Work)
+        with pytest.raises((AssertionError, bilevel.SolveError)):
+            check(bilevel.LVHBA)
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)

@@ -272,3 +272,13 @@ def test_the_recorded_best_of_20(name: str, script: ModuleType) -> None:
     dataset = "diabetes_scaled" if name == "svm_penalties" else "german_numer_scaled"
     best, _ = script.best_of(svm.read(dataset), 20)
     assert best.loss == pytest.approx(BEST_OF_20[name], rel=1e-6)
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(BEST_OF_20))
+def test_lv_hba_comes_within_a_hundredth_of_the_best_of_20(name: str, script: ModuleType) -> None:
+    case = problems.case(name)
+    dataset = "diabetes_scaled" if name == "svm_penalties" else "german_numer_scaled"
+    found = script.lv_hba(case, svm.read(dataset))
+    assert found.loss <= 1.01 * BEST_OF_20[name]

@@ -25,9 +25,6 @@ ALGORITHMS: dict[str, list[tuple[bilevel.Algorithm[Any], tuple[str, ...]]]] = {
     "Penalty": [(bilevel.Penalty(rtol=3e-2, lower_steps=3, check_every=5), ())],
 }
 
-UNSOLVED = {("LVHBA", torch.float32)}
-"""In single precision LVHBA ends as STALLED on the problem that check_algorithm calls easy, and says so."""
-
 
 def rows() -> list[Any]:
     """Every row of the table by name and position."""
@@ -50,10 +47,6 @@ def test_whatever_is_exported_is_in_the_table() -> None:
 def test_our_algorithms_conform(name: str, index: int, dtype: torch.dtype) -> None:
     algorithm, optional = ALGORITHMS[name][index]
     assert type(algorithm).__name__ == name
-    if (name, dtype) in UNSOLVED:
-        with pytest.raises(ConformanceError, match="this problem is easy, but the run ended as STALLED"):
-            check_algorithm(algorithm, optional=optional, dtypes=[dtype])
-        return
     check_algorithm(algorithm, optional=optional, dtypes=[dtype])
 
 

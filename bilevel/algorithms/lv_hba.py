@@ -19,7 +19,7 @@ from bilevel.algorithms.minibatch import draw
 from bilevel.anderson import Anderson
 from bilevel.flat import FlatProblem
 from bilevel.joint_projection import JointPoint
-from bilevel.joint_scaling import joint_curvature, row_weights
+from bilevel.joint_scaling import by_variable, joint_curvature, row_weights, variable_lengths
 from bilevel.lower_level import solve_lower_level
 from bilevel.measure import draw_oracles
 from bilevel.oracle import Oracle, new_counts
@@ -59,9 +59,9 @@ class LVHBA(Algorithm[LVHBAState]):
         \\\\ d_z &= -(\\lambda - z) / \\gamma_2
 
     Multipliers of equations may have either sign. That takes three backward passes and one projection, and no
-    second-order product. The objectives are divided by their curvatures, the rows by the lengths of their gradients,
-    which decides whether the method converges; gamma, r, c and the steps are in these units, the multipliers of the
-    solution are not.
+    second-order product. The variables are measured in lengths in which the derivatives of all of them are about as
+    large, the objectives divided by their curvatures, the rows by the lengths of their gradients, which decides whether
+    the method converges; gamma, r, c and the steps are in these units, the solution and its multipliers are not.
 
     Beyond the paper: the step is a fixed-point map, which :class:`Anderson` acceleration speeds up; at the end of each
     stage c grows, from where the last two stages lead; the limit ``c -> inf`` is extrapolated from the last stages; r
@@ -82,13 +82,17 @@ class LVHBA(Algorithm[LVHBAState]):
         stage_steps: steps of a stage at most.
         proximal: gamma_1.
         dual_proximal: gamma_2.
-        inner_step: eta; None means ``1.8 rho / (2 + 1 / rho)^2`` with ``rho = 1 / max(gamma_1, gamma_2)``.
+        inner_step: eta; None means ``1.8 rho / (2 + max(1 / gamma_1, 1 / gamma_2))^2`` with
+            ``rho = 1 / max(gamma_1, gamma_2)``.
         outer_step: alpha; None means ``0.2 / max(1, gamma_1, gamma_2)``.
         dual_step: beta; None means ``gamma_2 / 2``.
         radius: r, in scaled units, at the start.
         acceleration: memory of the acceleration; None means 20 on full data, 0 (the iteration of the paper) on
             minibatches.
-        upper_curvature, lower_curvature: what F and f are divided by; None measures them.
+        upper_curvature, lower_curvature: what F and f are divided by; None measures them at the start.
+        lengths: units in which the leaves of x and then of y are measured, or one for all, ``(1.0,)``. None means
+            :func:`bilevel.joint_scaling.variable_lengths` at the start, and (1.0,) for a ``joint_set``, and for sets
+            that are no boxes where there are no constraint functions: projections onto them know no other units.
         decay: on minibatches the steps shrink by ``(1 + k / decay)^(-1/2)``; None keeps them.
         rtol: on the distance of the extrapolated (x, y) from that of the stage before, relative to ``1 + |(x, y)|``;
             None means 1e-4 (float32: 1e-2).
@@ -122,6 +126,7 @@ class LVHBA(Algorithm[LVHBAState]):
     acceleration: int | None = None
     upper_curvature: float | None = None
     lower_curvature: float | None = None
+    lengths: tuple[float, ...] | None = None
     decay: float | None = 2_000.0
 
     guarantee: ClassVar[str] = "BIAS"
@@ -142,6 +147,8 @@ class LVHBA(Algorithm[LVHBAState]):
         require_positive_int(self, "stages", "stage_steps")
         require_positive(self, "penalty", "proximal", "dual_proximal", "inner_step", "outer_step", "dual_step")
         require_positive(self, "radius", "upper_curvature", "lower_curvature", "decay")
+        if self.lengths is not None and not (self.lengths and all(0 < length < math.inf for length in self.lengths)):
+            raise ValueError(f"lengths must be positive numbers, one or one for every leaf, got {self.lengths}")
         if self.exponent is not None and not 0 <= self.exponent < 0.5:
             raise ValueError(f"exponent must lie in [0, 0.5), got {self.exponent}")
         if not self.growth > 1:
@@ -150,17 +157,14 @@ class LVHBA(Algorithm[LVHBAState]):
             raise ValueError(f"acceleration must be an integer of at least 0, got {self.acceleration!r}")
 
     def resolve(self, problem: BilevelProblem, *start: Any, max_steps: int | None = None) -> "LVHBA":
-        """Measure the curvatures of both objectives in (x, y) and pick step sizes."""
+        """Measure the units of the variables and both objectives at the start, and pick step sizes."""
         half = torch.finfo(tree.common_dtype(start[1], "y0")).eps > 1e-10
         batches = problem.stochastic
         work = Work.of(problem, (start[0], start[1]), new_counts())
-        flat = work.flat
+        flat, oracles = work.flat, draw_oracles(problem, new_counts())
         near = work.projection.project(flat.flat_x(start[0]), flat.flat_y(start[1]), work.projection.start())
-        oracles = draw_oracles(problem, new_counts())
-        measured = {
-            level: getattr(self, f"{level}_curvature") or joint_curvature(flat, level, near.x, near.y, oracles)
-            for level in ("upper", "lower")
-        }
+        lengths = self.lengths or (variable_lengths(flat, near.x, near.y, oracles) if work.scalable else (1.0,))
+        units = by_variable(flat, lengths)
         rho = 1.0 / max(self.proximal, self.dual_proximal)
         return replace(
             self,
@@ -171,8 +175,9 @@ class LVHBA(Algorithm[LVHBAState]):
             outer_step=self.outer_step or 0.2 / max(1.0, self.proximal, self.dual_proximal),
             dual_step=self.dual_step or 0.5 * self.dual_proximal,
             acceleration=(0 if batches else 20) if self.acceleration is None else self.acceleration,
-            upper_curvature=measured["upper"],
-            lower_curvature=measured["lower"],
+            lengths=lengths,
+            upper_curvature=self.upper_curvature or joint_curvature(flat, "upper", near.x, near.y, oracles, units),
+            lower_curvature=self.lower_curvature or joint_curvature(flat, "lower", near.x, near.y, oracles, units),
             rtol=(1e-2 if half else 1e-4) if self.rtol is None else self.rtol,
             check_every=self.check_every or (50 if batches else 10),
         )
@@ -185,9 +190,11 @@ class LVHBA(Algorithm[LVHBAState]):
         work = Work.of(problem, origin, counts)
         flat = work.flat
         near = work.projection.project(flat.flat_x(origin[0]), flat.flat_y(origin[1]), work.projection.start())
-        weights = row_weights(flat, near.x, near.y)
-        y, lam = self._response(flat, weights, near)
-        point = torch.cat([near.x, y, y, lam, lam])
+        work = work.measured(by_variable(flat, self.lengths or (1.0,)))
+        weights = row_weights(flat, near.x, near.y, work.lengths)
+        y, lam = self._response(flat, weights * (self.lower_curvature or 1.0), near)
+        u, theta = torch.cat([near.x, y]) / work.lengths, y / work.lengths[flat.n :]
+        point = torch.cat([u, theta, lam, lam])
         zero = point.new_zeros(())
         reach = torch.cat([lam, lam.new_zeros(1)]).abs().amax()
         upper, lower = problem.upper_data, problem.lower_data
@@ -199,11 +206,10 @@ class LVHBA(Algorithm[LVHBAState]):
             origin=origin,
             point=point,
             accepted=point.clone(),
+            lengths=work.lengths,
             weights=weights,
-            duals=near.multipliers.clone(),
-            projection_error=near.error,
+            duals=work.projection.start(),
             radius=torch.clamp(2.0 * reach, min=self.radius),
-            truncations=zero.clone(),
             damping=zero + 1.0,
             steepest=zero.clone(),
             seen=torch.zeros_like(point),
@@ -221,16 +227,17 @@ class LVHBA(Algorithm[LVHBAState]):
             work=work,
         )
 
-    def _response(self, flat: FlatProblem, weights: Tensor, near: JointPoint) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _response(flat: FlatProblem, units: Tensor, near: JointPoint) -> tuple[Tensor, Tensor]:
         """The lower solution at the start and its scaled multipliers; the start and zeros if that fails."""
-        blank = near.y, torch.zeros_like(weights)
+        blank = near.y, torch.zeros_like(units)
         if near.status in (Status.INFEASIBLE, Status.NONFINITE):
             return blank
         found = solve_lower_level(flat, near.x, near.y)
         duals = torch.cat([found.multipliers.inequality, found.multipliers.equality])
         if found.status is not Status.CONVERGED or flat.violation(near.x, found.y) > FEASIBLE:
             return blank
-        return found.y.detach().clone(), duals / (weights * (self.lower_curvature or 1.0))
+        return found.y.detach().clone(), duals / units
 
     @property
     def _anderson(self) -> Anderson:
@@ -244,7 +251,7 @@ class LVHBA(Algorithm[LVHBAState]):
 
     def _work(self, problem: BilevelProblem, state: LVHBAState) -> Work:
         if state.work is None:
-            state.work = Work.of(problem, state.origin, state.counts)
+            state.work = Work.of(problem, state.origin, state.counts).measured(state.lengths)
         return state.work
 
     def step(self, problem: BilevelProblem, state: LVHBAState) -> Values:
@@ -267,29 +274,13 @@ class LVHBA(Algorithm[LVHBAState]):
             "radius": state.radius,
         }
 
-    def _projected(self, work: Work, state: LVHBAState) -> Iterate:
-        pair, theta, lam, z = state.point.split(work.sizes)
-        near = work.projection.project(pair[: work.flat.n], pair[work.flat.n :], state.duals)
-        state.duals, state.projection_error = near.multipliers, near.error
-        return Iterate(
-            near.x, near.y, self._in_y(work, theta), self._in_z(work, state, lam), self._in_z(work, state, z)
-        )
-
     @staticmethod
-    def _in_y(work: Work, theta: Tensor) -> Tensor:
-        level = work.flat.lower_level
-        return torch.minimum(torch.maximum(theta, level.lower), level.upper)
-
-    @staticmethod
-    def _in_z(work: Work, state: LVHBAState, multipliers: Tensor) -> Tensor:
-        """``[0, r]`` for inequalities, ``[-r, r]`` for equations."""
-        p = work.inequalities
-        return torch.cat(
-            [
-                torch.minimum(multipliers[:p].clamp(min=0.0), state.radius),
-                torch.minimum(torch.maximum(multipliers[p:], -state.radius), state.radius),
-            ]
-        )
+    def _projected(work: Work, state: LVHBAState) -> Iterate:
+        u, theta, lam, z = state.point.split(work.sizes)
+        u, near = work.in_c(u, state.duals)
+        state.duals = near.multipliers
+        u_x, u_y = u.split([work.flat.n, work.flat.m])
+        return Iterate(u_x, u_y, work.in_y(theta), work.in_z(lam, state.radius), work.in_z(z, state.radius))
 
     def _image(
         self, work: Work, oracle: Oracle, state: LVHBAState, here: Iterate, c: Tensor | float, shrink: Tensor
@@ -297,12 +288,12 @@ class LVHBA(Algorithm[LVHBAState]):
         """One iteration of the method, before projections."""
         assert self.inner_step and self.outer_step and self.dual_step and self.upper_curvature and self.lower_curvature
         eta, alpha, beta = shrink * self.inner_step, shrink * self.outer_step, shrink * self.dual_step
-        flat, weights, scale_upper, scale_lower = work.flat, state.weights, self.upper_curvature, self.lower_curvature
+        weights, scale_upper, scale_lower = state.weights, self.upper_curvature, self.lower_curvature
         x, y, theta, lam, z = here.x, here.y, here.theta, here.lam, here.z
         rows: list[Tensor] = []
 
         def lower(p: Tensor, q: Tensor) -> Tensor:
-            return flat.lower(p, q, oracle) / scale_lower
+            return work.lower(p, q, oracle) / scale_lower
 
         def lagrangian(p: Tensor, q: Tensor, multipliers: Tensor) -> Tensor:
             rows.append(work.rows(weights, p, q))
@@ -314,15 +305,15 @@ class LVHBA(Algorithm[LVHBAState]):
         d_lam = -rows[0].detach() + (lam - z) / self.dual_proximal
         theta_free = theta - eta * d_theta
         lam_free = lam - eta * d_lam
-        theta = self._in_y(work, theta_free)
-        lam = self._in_z(work, state, lam_free)
+        theta = work.in_y(theta_free)
+        lam = work.in_z(lam_free, state.radius)
         slack = ((theta - here.theta).square().sum() + (lam - here.lam).square().sum()) / eta**2
 
         below, lagrangian_x = value_and_gradient(lambda p: lagrangian(p, theta, lam), x)
         parts: dict[str, Tensor] = {}
 
         def joint(p: Tensor, q: Tensor) -> Tensor:
-            parts["upper_value"] = flat.upper(p, q, oracle)
+            parts["upper_value"] = work.upper(p, q, oracle)
             parts["lower_value"] = lower(p, q)
             return parts["upper_value"] / scale_upper / c + parts["lower_value"]
 
@@ -369,14 +360,13 @@ class LVHBA(Algorithm[LVHBAState]):
         state.refused = torch.where(finite, 0.0, state.refused + 1.0)
         state.finite = state.refused < HALVINGS
         state.accepted = torch.where(steep | refused, state.accepted, here.flat)
-        n, m = work.flat.n, work.flat.m
-        tree.copy_(state.x, work.flat.x_tree(state.accepted[:n]))
-        tree.copy_(state.y, work.flat.y_tree(state.accepted[n : n + m]))
+        x, y = work.pair(state.accepted)
+        tree.copy_(state.x, work.flat.x_tree(x))
+        tree.copy_(state.y, work.flat.y_tree(y))
         if self.outer_step is not None:
             state.surrogate = memory.norm / (self.outer_step * shrink * state.damping)
         reached = torch.cat([here.lam, here.z, state.radius.new_zeros(1)]).abs().amax() >= state.radius
         state.radius = torch.where(reached, WIDER * state.radius, state.radius)
-        state.truncations = state.truncations + reached
 
     @staticmethod
     def _steepness(state: LVHBAState, here: Tensor, image: Tensor) -> Tensor:
@@ -403,15 +393,16 @@ class LVHBA(Algorithm[LVHBAState]):
                 state.steepest,
                 state.stages.penalty,
                 torch.linalg.vector_norm(image),
-                torch.linalg.vector_norm(state.accepted[: tree.size((state.x, state.y))]),
+                torch.linalg.vector_norm(state.accepted[: len(state.lengths)]),
             ]
         ).tolist()
         state.steepest = torch.zeros_like(state.steepest)
         tolerance = 0.01 * (self.rtol or 0.0) * (1.0 + pair) / c + ROUNDING * eps * (1.0 + size)
         everywhere = torch.ones_like(state.comparable)
-        n, m = tree.size(state.x), tree.size(state.y)
         measured = Measured(residual=surrogate, tolerance=tolerance, merit=merit)
-        moved = self._stages.look(state.stages, state.accepted, image, state.step + 1, n, m, measured)
+        moved = self._stages.look(
+            state.stages, state.accepted, image, state.step + 1, state.lengths, tree.size(state.x), measured
+        )
         if moved is not None:
             state.point = moved
         if moved is not None or (damping < 1.0 and steepest < GENTLE):
@@ -440,7 +431,6 @@ class LVHBA(Algorithm[LVHBAState]):
             ends,
             status,
             stages=state.stages,
-            curvature=self.lower_curvature or 1.0,
             rtol=self.rtol or 0.0,
         )
         state.verdict = verdict
@@ -455,8 +445,7 @@ class LVHBA(Algorithm[LVHBAState]):
         ends = [(flat.flat_x(state.x), flat.flat_y(state.y))]
         limit = self._stages.limit(state.stages)
         if limit is not None:
-            pair = limit[: flat.n + flat.m]
-            near = work.projection.project(pair[: flat.n], pair[flat.n :], state.duals)
+            near = work.projection.project(*work.pair(limit), state.duals)
             ends.insert(0, (near.x, near.y))
         return ends
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bilevel.algorithms.lv_hba_stages import Outcome, StagesState
 from bilevel.flat import FlatProblem
+from bilevel.joint_scaling import joint_curvature
 from bilevel.nearest_response import Response, respond
 from bilevel.singular_hypergradient import singular_hypergradient
 from bilevel.solution import Accuracy
@@ -18,7 +19,8 @@ from implicit.tree import Tree
 
 FEASIBLE = 1e-6
 STEEP = 1e-3
-"""A measured stationarity beyond this fraction of the gradient of the upper objective is looked into."""
+"""A measured stationarity beyond this fraction of the gradient of the upper objective, or beyond the tolerance, is
+looked into."""
 REACH = 1e-3
 """Length of the step that looks, relative to the size of (x, y)."""
 
@@ -40,12 +42,12 @@ def judge(
     status: Status,
     *,
     stages: StagesState,
-    curvature: float,
     rtol: float,
 ) -> Verdict:
     """Take the best of the ends after solving the lower level there, and confirm or correct the status."""
     if status in (Status.INFEASIBLE, Status.NONFINITE):
         return _failed(flat, ends[-1], status)
+    curvature = joint_curvature(flat, "lower", *ends[-1], [flat.oracle])
     responses = [respond(flat, x, y, curvature=curvature) for x, y in ends]
     best = min(responses, key=_rank)
     checked = verify(flat.problem, flat.x_tree(best.x), flat.y_tree(best.y)) if status is Status.CONVERGED else None
@@ -115,7 +117,7 @@ def _decide(
             "has solutions between which the upper level does not decide"
         )
     slope = checked.stationarity
-    steep = slope is not None and slope > max(STEEP * _size_of_gradient(flat, best), _negligible(best, size))
+    steep = slope is not None and slope > max(max(STEEP, rtol) * _size_of_gradient(flat, best), _negligible(best, size))
     if steep and _descends(flat, best, size, curvature):
         return Status.STALLED, (
             f"{found}, and the point is bilevel feasible, but not stationary for the upper level (stationarity "

@@ -95,7 +95,7 @@ class Stages:
         )
 
     def look(
-        self, state: StagesState, point: Tensor, end: Tensor, step: int, n: int, m: int, measured: "Measured"
+        self, state: StagesState, point: Tensor, end: Tensor, step: int, lengths: Tensor, n: int, measured: Measured
     ) -> Tensor | None:
         """End the stage if it is over; returns the point at which the next one begins, not projected.
 
@@ -107,7 +107,8 @@ class Stages:
             point: the current point, projected.
             end: its image, not projected.
             step: steps done.
-            n, m: sizes of x and y, which lead in the point; theta follows.
+            lengths: units of x and y, which lead in the point; theta follows, in the units of y.
+            n: size of x.
             measured: of the current point.
         """
         if Outcome(state.outcome) is not Outcome.RUNNING:
@@ -120,10 +121,10 @@ class Stages:
         state.step += 1
         state.ended = torch.cat([state.ended[1:], torch.cat([point, end])[None]])
         state.settled = [*state.settled, int(settled)][-KEPT:]
-        if self._converged(state, n, m):
+        if self._converged(state, lengths, n):
             state.outcome = int(Outcome.CONVERGED)
             return None
-        if state.step >= self.count or self._stands(state, n + m):
+        if state.step >= self.count or self._stands(state, lengths):
             state.outcome = int(Outcome.EXHAUSTED)
             return None
         self._raise(state, step)
@@ -149,31 +150,26 @@ class Stages:
             return first
         return [_extrapolated(first[k], first[k + 1], self.growth**2) for k in range(usable - 2)]
 
-    def _converged(self, state: StagesState, n: int, m: int) -> bool:
+    def _converged(self, state: StagesState, lengths: Tensor, n: int) -> bool:
         limits = self._limits(state)
         if len(limits) < 2:
             return False
-        before, limit = limits[-2:]
-        pair, theta = slice(0, n + m), slice(n + m, n + 2 * m)
-        own = slice(n, n + m)
+        count = len(lengths)
+        before, limit, last = (lengths * point[:count] for point in (*limits[-2:], state.ended[-1]))
+        theta = lengths[n:] * limits[-1][count : 2 * count - n]
         change, bias, size, apart = torch.stack(
-            [
-                torch.linalg.vector_norm(limit[pair] - before[pair]),
-                torch.linalg.vector_norm(limit[pair] - state.ended[-1][pair]),
-                torch.linalg.vector_norm(limit[pair]),
-                torch.linalg.vector_norm(limit[own] - limit[theta]),
-            ]
+            [torch.linalg.vector_norm(v) for v in (limit - before, limit - last, limit, limit[n:] - theta)]
         ).tolist()
         state.change, state.bias, state.apart = change, bias, apart
         allowed = max(self.atol, self.rtol * (1.0 + size))
         strict = 1.0 if len(state.settled) == KEPT else EARLY
         return change <= strict * allowed and apart <= 10.0 * allowed
 
-    def _stands(self, state: StagesState, size: int) -> bool:
+    def _stands(self, state: StagesState, lengths: Tensor) -> bool:
         """Whether two stages in a row ended at the same (x, y) without reaching their fixed points: more will not."""
         if len(state.settled) < 2 or any(state.settled[-2:]):
             return False
-        before, after = state.ended[-2][:size], state.ended[-1][:size]
+        before, after = (lengths * point[: len(lengths)] for point in state.ended[-2:])
         moved, length = torch.linalg.vector_norm(after - before), torch.linalg.vector_norm(after)
         return bool(moved <= max(self.atol, self.rtol * (1.0 + float(length))))
 

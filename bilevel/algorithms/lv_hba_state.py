@@ -1,6 +1,6 @@
 """What an LV-HBA run keeps, and what is rebuilt from that."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from bilevel.algorithms.base import BilevelState
 from bilevel.algorithms.lv_hba_stages import StagesState
 from bilevel.anderson import AndersonState
 from bilevel.flat import FlatProblem
-from bilevel.joint_projection import JointProjection
+from bilevel.joint_projection import JointPoint, JointProjection
+from bilevel.oracle import Oracle
 from bilevel.problem import BilevelProblem
 from implicit import State
 from implicit.tree import Tree
@@ -32,11 +33,10 @@ class LVHBAState(BilevelState):
         origin: the start, from which the constraints are resolved, also after a load.
         point: ``(x, y), theta, lambda, z`` one after the other before their projections.
         accepted: the same after their projections, where the acceleration accepted it last; x and y are from there.
+        lengths: units of the variables (x, y).
         weights: factors on the rows of the lower level.
         duals: multipliers of the last projection.
-        projection_error: how far the last projection was from its optimality conditions.
         radius: r.
-        truncations: how often r had to grow.
         damping: factor on all step sizes.
         steepest: largest change of the vector field over a step, relative to it, since the last look.
         seen, motion: where the field was evaluated last, and what it was; ``comparable`` if the steps were the same.
@@ -49,11 +49,10 @@ class LVHBAState(BilevelState):
     origin: tuple[Tree, Tree]
     point: Tensor
     accepted: Tensor
+    lengths: Tensor
     weights: Tensor
     duals: Tensor
-    projection_error: float
     radius: Tensor
-    truncations: Tensor
     damping: Tensor
     steepest: Tensor
     seen: Tensor
@@ -71,32 +70,80 @@ class LVHBAState(BilevelState):
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What is rebuilt from the state: the flat problem and the projection onto C."""
+    """The problem in scaled units: ``(x, y) = lengths * (u_x, u_y)``. Rebuilt from the state."""
 
     flat: FlatProblem
     projection: JointProjection
-    inequalities: int
+    lengths: Tensor
     sizes: tuple[int, int, int, int]
 
     @classmethod
     def of(cls, problem: BilevelProblem, origin: tuple[Tree, Tree], counts: dict[str, int]) -> "Work":
+        """In the units of the problem."""
         flat = FlatProblem(problem, origin[0], origin[1], counts)
-        projection = JointProjection(flat, flat.flat_x(flat.x_like), flat.flat_y(flat.y_like))
+        x, y = flat.flat_x(flat.x_like), flat.flat_y(flat.y_like)
         level = flat.lower_level
         rows = level.inequalities + level.equalities
-        return cls(flat, projection, level.inequalities, (flat.n + flat.m, flat.m, rows, rows))
+        sizes = flat.n + flat.m, flat.m, rows, rows
+        return cls(flat, JointProjection(flat, x, y), torch.ones_like(torch.cat([x, y])), sizes)
 
-    def rows(self, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    @property
+    def scalable(self) -> bool:
+        """Whether the projection can measure each variable in a length of its own; those of given sets cannot."""
+        return self.projection.method not in ("sets", "joint set")
+
+    def measured(self, lengths: Tensor) -> "Work":
+        """The same in these lengths, which are ones unless :attr:`scalable`."""
+        if bool((lengths == 1).all()):
+            return self
+        flat, n = self.flat, self.flat.n
+        at = flat.flat_x(flat.x_like), flat.flat_y(flat.y_like)
+        projection = JointProjection(flat, *at, scale=(lengths[:n], lengths[n:]))
+        return replace(self, projection=projection, lengths=lengths)
+
+    def pair(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, y) of the leading entries of a point in scaled units."""
+        count = len(self.lengths)
+        return (self.lengths * u[:count]).split([self.flat.n, self.flat.m])  # type: ignore[return-value]
+
+    def upper(self, u_x: Tensor, u_y: Tensor, oracle: Oracle) -> Tensor:
+        """F, not divided by its scale."""
+        n = self.flat.n
+        return self.flat.upper(self.lengths[:n] * u_x, self.lengths[n:] * u_y, oracle)
+
+    def lower(self, u_x: Tensor, u_y: Tensor, oracle: Oracle) -> Tensor:
+        """f, not divided by its scale."""
+        n = self.flat.n
+        return self.flat.lower(self.lengths[:n] * u_x, self.lengths[n:] * u_y, oracle)
+
+    def rows(self, weights: Tensor, u_x: Tensor, u_y: Tensor) -> Tensor:
         """The scaled rows of the lower level, inequalities first."""
-        level = self.flat.lower_level
+        level, n = self.flat.lower_level, self.flat.n
+        x, y = self.lengths[:n] * u_x, self.lengths[n:] * u_y
         parts = [level.inequality(x, y)] if level.inequalities else []
         parts += [level.equality(x, y)] if level.equalities else []
         return weights * torch.cat(parts) if parts else weights
 
+    def in_c(self, u: Tensor, duals: Tensor) -> tuple[Tensor, JointPoint]:
+        """The nearest pair in C, in scaled units, and all about it."""
+        near = self.projection.project(*self.pair(u), duals)
+        return torch.cat([near.x, near.y]) / self.lengths, near
+
+    def in_y(self, theta: Tensor) -> Tensor:
+        """Within the bounds of the lower level; its other sets are rows."""
+        level, own = self.flat.lower_level, self.lengths[self.flat.n :]
+        return torch.minimum(torch.maximum(theta, level.lower / own), level.upper / own)
+
+    def in_z(self, multipliers: Tensor, radius: Tensor) -> Tensor:
+        """``[0, r]`` for inequalities, ``[-r, r]`` for equations."""
+        p = self.flat.lower_level.inequalities
+        lowest = torch.cat([radius.new_zeros(p), -radius.expand(len(multipliers) - p)])
+        return torch.minimum(torch.maximum(multipliers, lowest), radius)
+
 
 @dataclass(frozen=True, eq=False)
 class Iterate:
-    """A projected point."""
+    """A projected point, in scaled units."""
 
     x: Tensor
     y: Tensor
