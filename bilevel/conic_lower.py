@@ -65,10 +65,11 @@ class ConicLower:
         self._equal, self._equal_theta = index(found.equal.columns), index(found.equal.parameters)
         self._below = index(found.below.columns)
         self._radii = index(found.radii.columns)
+        self._round, self._round_theta = index(found.cones.columns), index(found.cones.parameters)
         self._below_theta = index(np.concatenate([found.below.parameters, found.radii.parameters]))
         self.equalities, self.parameter_equalities = len(self._equal), len(self._equal_theta)
-        self.inequalities = len(self._below) + sum(cone.count for cone in self._cones) + len(self._radii)
-        self.parameter_inequalities = len(self._below_theta)
+        self.inequalities = len(self._below) + len(self._round) + len(self._radii)
+        self.parameter_inequalities = len(self._below_theta) + len(self._round_theta)
 
     def objective(self, theta: Tensor, y: Tensor) -> Tensor:
         """``1/2 z' P z + q' z + d``."""
@@ -81,21 +82,26 @@ class ConicLower:
         return self._excess(theta, y)[self._equal]
 
     def inequality(self, theta: Tensor, y: Tensor) -> Tensor:
-        """``A z - b`` in the linear rows, then ``|v|^2 - t^2`` of all cones, then ``-t`` of those where it varies."""
+        """``A z - b`` in the linear rows, then ``|v|^2 - t^2`` of the cones, then ``-t`` of those where t varies."""
         excess = self._excess(theta, y)
-        squares = []
-        for cone in self._cones:
-            s = excess[cone.start : cone.start + cone.count * cone.size].unflatten(0, (cone.count, cone.size))
-            squares.append(s[:, 1:].square().sum(1) - s[:, 0].square())
-        return torch.cat([excess[self._below], *squares, excess[self._radii]])
+        return torch.cat([excess[self._below], self._squares(excess)[self._round], excess[self._radii]])
 
     def parameter_inequality(self, theta: Tensor, y: Tensor) -> Tensor:
         """The inequality rows in theta alone."""
-        return self._excess(theta, y)[self._below_theta]
+        excess = self._excess(theta, y)
+        return torch.cat([excess[self._below_theta], self._squares(excess)[self._round_theta]])
 
     def parameter_equality(self, theta: Tensor, y: Tensor) -> Tensor:
         """The equality rows in theta alone."""
         return self._excess(theta, y)[self._equal_theta]
+
+    def _squares(self, excess: Tensor) -> Tensor:
+        """``|v|^2 - t^2`` of all cones."""
+        squares = [excess.new_zeros(0)]
+        for cone in self._cones:
+            s = excess[cone.start : cone.start + cone.count * cone.size].unflatten(0, (cone.count, cone.size))
+            squares.append(s[:, 1:].square().sum(1) - s[:, 0].square())
+        return torch.cat(squares)
 
     def columns(self, theta: Tensor, y: Tensor) -> Tensor:
         """All columns z, ``(n,)``."""

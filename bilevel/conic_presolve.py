@@ -42,6 +42,7 @@ class Reduction:
         added: the columns that stay beside the user's.
         lower, upper: bounds of all columns.
         equal, below, radii: rows of the zero cone, of the nonnegative cone, and first rows of second-order cones.
+        cones: which second-order cones, counted from 0.
     """
 
     alias: np.ndarray
@@ -52,6 +53,7 @@ class Reduction:
     equal: Rows
     below: Rows
     radii: Rows
+    cones: Rows
 
 
 def presolve(program: Program, user: np.ndarray) -> Reduction:
@@ -72,6 +74,7 @@ def presolve(program: Program, user: np.ndarray) -> Reduction:
         equal=system.split(system.equal),
         below=system.split(system.below),
         radii=system.split(np.array([rows.start for rows in system.cones], dtype=np.int64)),
+        cones=system.split_cones(),
     )
 
 
@@ -110,7 +113,7 @@ class _System:
         return np.isin(self.rows, rows)
 
     def tie(self) -> None:
-        """Merge the columns of rows ``a u - a v = 0`` of which one was added, and drop the rows."""
+        """Merge the columns of rows ``a u - a v = 0`` of which one was added, which leaves the rows empty."""
         counts = np.bincount(self.rows, minlength=self.m)
         fixed = np.bincount(self.rows, self.moves, minlength=self.m) == 0
         balanced = np.bincount(self.rows, self.values, minlength=self.m) == 0
@@ -125,8 +128,6 @@ class _System:
                 self.alias[a] = b
         self.alias = np.array([self._root(j) for j in range(self.n)], dtype=np.int64)
         self._merge()
-        empty = np.bincount(self.rows, minlength=self.m) == 0
-        self.equal = self.equal[~(empty & plain)[self.equal]]
 
     def _root(self, column: int) -> int:
         while self.alias[column] != column:
@@ -208,6 +209,12 @@ class _System:
         """Rows that depend on columns that stay and rows in parameters alone; rows of constants are dropped."""
         varies, shifts = self._reach()
         return Rows(rows[varies[rows]], rows[~varies[rows] & shifts[rows]])
+
+    def split_cones(self) -> Rows:
+        """The same for whole second-order cones."""
+        varies, shifts = ([part[rows.start : rows.stop].any() for rows in self.cones] for part in self._reach())
+        moving, shifted = np.array(varies, dtype=bool), np.array(shifts, dtype=bool)
+        return Rows(np.flatnonzero(moving), np.flatnonzero(~moving & shifted))
 
 
 def _costs(program: Program) -> np.ndarray:

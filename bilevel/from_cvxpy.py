@@ -81,7 +81,8 @@ def from_cvxpy(
     are ``lower_inequality`` and ``lower_equality``; a second-order cone ``|v| <= t`` is ``|v|^2 - t^2 <= 0`` and
     ``-t <= 0``. The last two describe the cone exactly, but at its apex t = 0 they have no multipliers: a solution
     there (norms that are exactly zero, as in a group lasso) is hard for every algorithm. Constraints on parameters
-    alone, which belong to the upper level, are put there. Bounds that parameters declare (nonneg, bounds, ...) are the
+    alone, which belong to the upper level, are put there, but for those that need auxiliary columns that stay
+    (``norm1(p) <= 2``). Bounds that parameters declare (nonneg, bounds, ...) are the
     Box ``upper_set``, closed also for pos and neg.
 
     Args:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from bilevel.flat import FlatProblem
-from bilevel.lower_multipliers import recover_multipliers
+from bilevel.lower_multipliers import LIMIT, recover_multipliers
 from bilevel.problem import BilevelProblem
+from constrained import KKTResidual, Lagrangian
 from constrained.multipliers import FlatMultipliers
+from constrained.residual import largest, measure
 from implicit import MINRES, ConvergenceWarning, Hessian, Jacobian, MixedDerivative, tree
+from implicit.curvature import lanczos
 from implicit.derivatives import value_and_gradient, value_and_gradients
 from implicit.tree import Tree
 
@@ -22,6 +25,10 @@ WEAK = 0.4
 """A row is on the edge where its force and its distance are both below ``eps ** WEAK``: about 5e-7 in float64."""
 DOUBT = 100.0
 """Eigenvalues within this factor of the rank tolerance leave the rank in doubt."""
+LOOKS = 10
+"""Products with the Hessian of the lower Lagrangian that measure its size."""
+NAMES = tuple(f"{level}_{kind}" for level in ("lower", "upper") for kind in ("inequality", "equality", "set"))
+"""What multipliers may be of; those of the upper level play no part."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,7 +46,8 @@ class SingularHypergradient:
             that y is not the one of them that is best for f, and ``value`` is not the hypergradient.
         motion: how far the right-hand sides of the derivative of the lower solution are from the range of K, relative
             to their size. Not small: lower solutions do not move smoothly with x. None where K is not formed.
-        notes: what makes the value doubtful, one sentence each.
+        notes: what makes the value doubtful, one sentence each; also where y does not satisfy the lower optimality
+            conditions.
     """
 
     value: Tree
@@ -79,8 +87,8 @@ def singular_hypergradient(
         problem: the declaration. Data are used in full.
         x, y: the point; y must be the lower solution that is best for f: at another one the formula is wrong, which
             shows in ``residual``.
-        multipliers: of the lower constraints by name, as in ``Solution.multipliers``; by nonnegative least squares if
-            None, and for sets that are not made of bounds.
+        multipliers: of the lower constraints by name, as in ``Solution.multipliers``; found by nonnegative least
+            squares if None, and in any case where ``lower_set`` is not made of bounds.
         rtol: eigenvalues of K below ``rtol`` times the largest count as zero; None means ``sqrt(eps)``. It must exceed
             the error of y, which perturbs them.
         dense: whether K is formed (and factorised, in n^3 operations); otherwise MINRES finds the solution of minimum
@@ -106,6 +114,11 @@ def singular_hypergradient(
         raise TypeError(f"problem must be a bilevel.BilevelProblem, got {type(problem).__name__}")
     if rtol is not None and not 0 < rtol < 1:
         raise ValueError(f"rtol must lie in (0, 1) or be None, got {rtol!r}")
+    for name, point in (("x", x), ("y", y)):
+        if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree.leaves(point)):
+            raise TypeError(
+                f"{name} must have floating-point tensors only, got {tree.describe(point)}: torch.tensor(...).double()"
+            )
     flat = FlatProblem(problem, x, y)
     at_x, at_y = flat.flat_x(x).detach(), flat.flat_y(y).detach()
     duals = flat_multipliers(flat, at_x, at_y, multipliers)
@@ -113,6 +126,13 @@ def singular_hypergradient(
     value, slope_x, slope_y = value_and_gradients(flat.upper, at_x, at_y, "upper")
     pulled, residuals = motion.pull(slope_y[None])
     notes = list(motion.notes)
+    lagrangian = Lagrangian(flat.lower_problem(at_x), at_y)
+    kkt = KKTResidual(*measure(lagrangian, lagrangian.at(at_y), duals).tolist())
+    if not kkt.largest <= motion.rtol**0.5:
+        notes.append(
+            f"y does not satisfy the lower optimality conditions ({kkt.largest:.3g}): solve the lower level first, or "
+            "more accurately, or correct the multipliers; the value is no hypergradient"
+        )
     if float(residuals[0]) > motion.rtol**0.5:
         notes.append(
             "grad_y f does not lie in the range of the lower KKT matrix (relative residual "
@@ -138,33 +158,51 @@ def flat_multipliers(flat: FlatProblem, x: Tensor, y: Tensor, given: Mapping[str
         ValueError: if a name or shape does not fit, or the level is too large to recover them.
     """
     level = flat.lower_level
-    parts = (("lower_equality", level.kept_equality, level.equalities),)
-    parts += (("lower_inequality", level.kept_inequality, level.inequalities),)
-    complete = all(sum(len(kept.rows) for kept in rows) == count for _, rows, count in parts)
+    kinds = (level.kept_equality, level.equalities), (level.kept_inequality, level.inequalities)
+    complete = all(sum(len(kept.rows) for kept in rows) == count for rows, count in kinds)
+    foreign = [name for name in given or () if name not in NAMES]
+    if foreign:
+        raise ValueError(f"multipliers has {foreign[0]!r}, which is none of {', '.join(NAMES)}: rename it")
     if given is None or not complete:
         found = recover_multipliers(flat, x, y)
         if found is None:
-            raise ValueError("the lower level is too large to recover its multipliers; give multipliers")
+            cure = "give multipliers" if complete else "declare lower_set by lower_inequality, and give multipliers"
+            raise ValueError(f"the lower level is too large (over {LIMIT:,}) to recover its multipliers; {cure}")
         return found[0]
-    known = {"lower_equality", "lower_inequality", "lower_set"}
-    values = {name: tree.ravel(value) for name, value in given.items() if name in known}
-    flats = []
-    for name, rows, count in parts:
-        total = sum(kept.total for kept in rows)
-        if count and (name not in values or len(values[name]) != total):
-            size = len(values[name]) if name in values else "none"
-            raise ValueError(f"multipliers[{name!r}] must have {total} entries, got {size}")
-        flats.append(torch.cat([values[name][kept.rows] for kept in rows]) if count else y.new_zeros(0))
-    bound = values.get("lower_set", torch.zeros_like(y))
-    if bound.shape != y.shape:
-        raise ValueError(f"multipliers['lower_set'] must have {len(y)} entries like y, got {len(bound)}")
-    return FlatMultipliers(flats[0], flats[1], (-bound).clamp(min=0), bound.clamp(min=0))
+    blank = torch.zeros_like(y)
+    likes = flat.multipliers(y.new_zeros(level.inequalities), y.new_zeros(level.equalities), blank, blank)
+    values = {name: _shaped(name, like, given) for name, like in likes.items()}
+    equality, inequality = (
+        torch.cat([y.new_zeros(0), *[values[kept.field][kept.rows] for kept in rows]]) for rows, _ in kinds
+    )
+    bound = values.get("lower_set", blank)
+    return FlatMultipliers(equality, inequality, (-bound).clamp(min=0), bound.clamp(min=0))
+
+
+def _shaped(name: str, like: Tree, given: Mapping[str, Tree]) -> Tensor:
+    """One entry of ``given`` as a vector, leaves in the order of ``like``."""
+    if name not in given:
+        raise ValueError(f"multipliers[{name!r}] is missing: give all of the lower level, or multipliers=None")
+
+    def aligned(own: Tensor, leaf: Tensor) -> Tensor:
+        if leaf.shape != own.shape:
+            raise ValueError
+        return leaf.detach().to(own)
+
+    try:
+        return tree.ravel(tree.map(aligned, like, given[name]))
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f"multipliers[{name!r}] must be shaped like the constraint, {tree.describe(like)}, got "
+            f"{tree.describe(given[name])}"
+        ) from error
 
 
 class LowerMotion:
     """The derivative of the lower solution in x, transposed: ``v -> (dy/dx)' v`` from the KKT matrix at (x, y).
 
-    Rows are divided by the norm of their gradient in y, which changes no value.
+    Rows are divided by the norm of their gradient in y and multiplied by the size of ``grad2_yy L``. Where the systems
+    have solutions that changes no value, and the rank no longer depends on the units of g and of the rows.
 
     Args:
         flat: the problem.
@@ -175,6 +213,7 @@ class LowerMotion:
 
     Attributes:
         strong: rows with force, of equalities then inequalities, ``(q + p,)``.
+        sizes: norms of the gradients of all rows in y, 1 for those without, ``(q + p,)``.
         weak: inequalities on the edge, with neither force nor distance, ``(p,)``.
         held: entries of y at a bound with force, ``(m,)``; ``edge`` those on the edge.
         size, rank: of the matrix.
@@ -202,9 +241,10 @@ class LowerMotion:
         self.free = (~self.held).nonzero().reshape(-1)
         self.rows = self.strong.nonzero().reshape(-1)
         self.size = len(self.free) + len(self.rows)
+        self.weight = self._curvature() if len(self.rows) else 1.0
         point = torch.cat([y[self.free], y.new_zeros(len(self.rows))])
-        self.matrix = Hessian(lambda z: self.lagrangian(x, z), point, positive_definite=False)
-        self.cross = MixedDerivative(self.lagrangian, x, point)
+        self.matrix = Hessian(lambda z: self._extended(x, z), point, positive_definite=False)
+        self.cross = MixedDerivative(self._extended, x, point)
         self.dense = self.size <= DENSE if dense is None else dense
         self.notes = self._edge_notes()
         self.rank: int | None = None
@@ -214,28 +254,38 @@ class LowerMotion:
 
     def _activate(self, edge: float) -> None:
         level, duals = self.level, self.duals
-        slopes = self.row_slopes()[:, len(self.x) :]
-        self.sizes = torch.linalg.vector_norm(slopes, dim=1).clamp(min=torch.finfo(self.y.dtype).tiny)
+        norms = torch.linalg.vector_norm(self.row_slopes()[:, len(self.x) :], dim=1)
+        self.sizes = torch.where(norms > 0, norms, 1.0)
         _, gradient = value_and_gradient(lambda y: self.flat.lower(self.x, y), self.y, "lower")
-        forces = float(gradient.abs().amax().clamp(min=1.0))
+        self.force = float(gradient.abs().amax().clamp(min=1.0))
         lengths = 1.0 + float(self.y.abs().amax())
         with torch.no_grad():
             gap = level.inequality(self.x, self.y).neg().clamp(min=0)
-        force = duals.inequality * self.sizes[level.equalities :] / forces
+        force = duals.inequality * norms[level.equalities :] / self.force
         distance = gap / self.sizes[level.equalities :] / lengths
-        held, edges = torch.zeros_like(self.y, dtype=torch.bool), torch.zeros_like(self.y, dtype=torch.bool)
-        for pressure, room in (
-            (duals.lower, self.y - level.lower),
-            (duals.upper, level.upper - self.y),
-        ):
-            pressure, room = pressure / forces, room.clamp(min=0) / lengths
-            edges |= (pressure < edge) & (room < edge)
-            held |= (pressure > room) & ~((pressure < edge) & (room < edge))
         self.weak = (force < edge) & (distance < edge)
         strong = (force > distance) & ~self.weak
         self.strong = torch.cat([strong.new_ones(level.equalities), strong])
         fixed = level.lower == level.upper
-        self.held, self.edge = held | fixed, edges & ~held & ~fixed
+        self.held, self.edge = fixed, torch.zeros_like(fixed)
+        for pressure, room in ((duals.lower, self.y - level.lower), (duals.upper, level.upper - self.y)):
+            pressure, room = pressure / self.force, room.clamp(min=0) / lengths
+            edges = (pressure < edge) & (room < edge)
+            self.held = self.held | ((pressure > room) & ~edges)
+            self.edge = self.edge | edges
+        self.edge = self.edge & ~self.held
+
+    def _curvature(self) -> float:
+        """The size of ``grad2_yy L`` at free entries of y; 1 where it is rounding."""
+        y = self.y
+        found = lanczos(
+            Hessian(
+                lambda v: self.lagrangian(self.x, y.index_copy(0, self.free, v)), y[self.free], positive_definite=False
+            ),
+            LOOKS,
+        )
+        size = max(abs(found.smallest), abs(found.largest))
+        return size if size > float(torch.finfo(self.y.dtype).eps) * self.force else 1.0
 
     def row_slopes(self) -> Tensor:
         """Gradients of all rows in (x, y), ``(q + p, n + m)``."""
@@ -247,44 +297,43 @@ class LowerMotion:
 
     def second_derivatives(self) -> tuple[Tensor, Tensor]:
         """``grad2_yy L`` and ``grad2_xy L`` at all entries of y, ``(m, m)`` and ``(n, m)``."""
+        in_y = Hessian(lambda y: self.lagrangian(self.x, y), self.y, positive_definite=False).to_dense()
+        return 0.5 * (in_y + in_y.T), MixedDerivative(self.lagrangian, self.x, self.y).to_dense()
 
-        def lagrangian(x: Tensor, y: Tensor) -> Tensor:
-            rows = self._rows(x, y)
-            return self.flat.lower(x, y) + rows @ self._forces()
-
-        in_y = Hessian(lambda y: lagrangian(self.x, y), self.y, positive_definite=False).to_dense()
-        return 0.5 * (in_y + in_y.T), MixedDerivative(lagrangian, self.x, self.y).to_dense()
-
-    def _forces(self) -> Tensor:
-        return torch.where(self.strong, torch.cat([self.duals.equality, self.duals.inequality]), 0.0)
+    def lagrangian(self, x: Tensor, y: Tensor) -> Tensor:
+        """``g + v . c`` with the multipliers of the rows with force."""
+        value = self.flat.lower(x, y)
+        if not len(self.sizes):
+            return value
+        forces = torch.where(self.strong, torch.cat([self.duals.equality, self.duals.inequality]), 0.0)
+        return value + self._rows(x, y) @ forces
 
     def _rows(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.cat([self.level.equality(x, y), self.level.inequality(x, y)])
 
-    def lagrangian(self, x: Tensor, z: Tensor) -> Tensor:
-        """``g + v . c + mu . c_I`` at free entries of y and changes mu of the multipliers: its Hessian in z is K."""
+    def _extended(self, x: Tensor, z: Tensor) -> Tensor:
+        """``L + mu . c_I`` at free entries of y and changes mu of the multipliers: its Hessian in z is K."""
         count = len(self.free)
         y = self.y.index_copy(0, self.free, z[:count])
-        value = self.flat.lower(x, y)
-        if not len(self.sizes):
+        value = self.lagrangian(x, y)
+        if not len(self.rows):
             return value
-        rows = self._rows(x, y)
-        return value + rows @ self._forces() + (rows / self.sizes)[self.rows] @ z[count:]
+        return value + self.weight * (self._rows(x, y) / self.sizes)[self.rows] @ z[count:]
 
     @functools.cached_property
-    def _spectrum(self) -> tuple[Tensor, Tensor]:
+    def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of K, and which of them count."""
         matrix = self.matrix.to_dense()
-        return torch.linalg.eigh(0.5 * (matrix + matrix.T))
+        values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+        return values, vectors, values.abs() > self.rtol * largest(values)
 
     def _measure(self) -> None:
-        values, vectors = self._spectrum
-        size = values.abs()
-        largest = float(size.amax()) if len(size) else 0.0
-        kept = size > self.rtol * largest
+        values, vectors, kept = self._spectrum
         self.rank = int(kept.sum())
-        doubtful = (size < DOUBT * self.rtol * largest) & (size > self.rtol / DOUBT * largest)
+        size = values.abs() / max(float(largest(values)), 1e-300)
+        doubtful = (size < DOUBT * self.rtol) & (size > self.rtol / DOUBT)
         if bool(doubtful.any()):
-            found = float(size[doubtful][0]) / largest
+            found = float(size[doubtful][0])
             self.notes += (
                 f"the rank is in doubt: an eigenvalue is {found:.2g} of the largest, the tolerance is {self.rtol:.2g}; "
                 "solve the lower level more accurately, or give rtol",
@@ -316,8 +365,7 @@ class LowerMotion:
         if not self.size:
             return vectors.new_zeros(len(vectors), self.flat.n), torch.zeros_like(norms)
         if self.dense:
-            values, basis = self._spectrum
-            kept = values.abs() > self.rtol * values.abs().amax()
+            values, basis, kept = self._spectrum
             inverse = torch.where(kept, 1.0 / torch.where(kept, values, 1.0), 0.0)
             solved = ((rhs @ basis) * inverse) @ basis.T
         else:

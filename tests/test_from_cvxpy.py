@@ -85,6 +85,13 @@ def symmetric() -> Declared:
     return cp.Problem(cp.Minimize(cp.sum_squares(z - p) + cp.sum_squares(w - p[0]) + cp.sum(w))), {"p": p}
 
 
+def bends() -> Declared:
+    """Rotated cones, and cones of several sizes."""
+    z, p = cp.Variable(3, name="z"), cp.Parameter(3, value=np.array([0.3, 0.2, -0.1]))
+    bent = cp.quad_over_lin(z, z[0] + 2) + cp.inv_pos(z[0]) + cp.pnorm(z - p - 1, 3) - 0.3 * cp.geo_mean(z + 2)
+    return cp.Problem(cp.Minimize(bent + p @ z), [cp.SOC(1 + z[0], z[1:] - p[1:]), z[2] == 0.4]), {"p": p}
+
+
 ZOO: dict[str, tuple[Callable[[], Declared], set[str]]] = {
     "ridge": (ridge, set()),
     "lasso": (lasso, {"lower_inequality"}),
@@ -95,6 +102,7 @@ ZOO: dict[str, tuple[Callable[[], Declared], set[str]]] = {
     "nearest": (nearest, {"lower_equality", "lower_inequality"}),
     "robust": (robust, {"lower_inequality"}),
     "symmetric": (symmetric, {"lower_equality"}),
+    "bends": (bends, {"lower_equality", "lower_inequality"}),
 }
 
 
@@ -140,7 +148,7 @@ def test_what_compilation_adds_is_taken_out_again() -> None:
     added = {name: declare(make()).start[1].get("auxiliary", torch.zeros(0)).numel() for name, (make, _) in ZOO.items()}
     assert added == {
         "ridge": 0, "lasso": 4, "transport": 0, "profit": 0, "polytope": 0,
-        "ball": 0, "nearest": 2, "robust": 25, "symmetric": 0,
+        "ball": 0, "nearest": 2, "robust": 25, "symmetric": 0, "bends": 14,
     }  # fmt: skip
 
 
@@ -200,6 +208,43 @@ def test_rows_in_parameters_alone_belong_to_the_upper_level() -> None:
     assert float(found["declared"]) == pytest.approx(-1)
     assert found["parameters"].tolist() == [-1]
     assert FlatProblem(both, *both.start).upper_level.inequalities == 2
+
+
+def test_cones_in_parameters_alone_belong_to_the_upper_level() -> None:
+    z, p, r = cp.Variable(2, name="z"), cp.Parameter(2, value=[0.6, 0.3]), cp.Parameter(nonneg=True, value=2.0)
+    goal, disc, room = cp.Minimize(cp.sum_squares(z - p)), cp.norm(p) <= 2, cp.norm(z) <= r
+    x, y = {"p": torch.tensor([3.0, -4.0]).double()}, {"z": torch.tensor([1.0, 1.0]).double()}
+    alone = bilevel.from_cvxpy(cp.Problem(goal, [disc]), parameters={"p": p}, upper=nothing)
+    assert alone.constraints == ("upper_inequality",)
+    assert alone.upper_inequality(x, y).tolist() == [25 - 4]
+    both = bilevel.from_cvxpy(cp.Problem(goal, [disc, room]), parameters={"p": p, "r": r}, upper=nothing)
+    x["r"] = torch.tensor(3.0).double()
+    assert both.lower_inequality(x, y).tolist() == [2 - 9]
+    assert both.upper_inequality(x, y).tolist() == [-3, 25 - 4]  # the radius r, then the cone of p
+    assert FlatProblem(both, *both.start).notes == ()
+
+
+def test_multipliers_are_cvxpys() -> None:
+    """Signs of all kinds of rows: L = g + v . c, as in cvxpy."""
+    z, p, side = cp.Variable(4, name="z"), cp.Parameter(4, value=[3.0, 2.0, 1.0, -4.0]), cp.Parameter(value=-1.0)
+    low, high, disc = z[3] >= -0.5, z[0] <= 0.6, cp.norm(z) <= 1.3
+    linear, apart = M[1] @ z <= side, 2 * (z[1] - z[2]) == p[1] - 1.8
+    # nu (|z| - t) is lambda (|z|^2 - t^2) with nu = 2 t lambda.
+    cases: list[tuple[Any, Any, list[Any], dict[str, Any], float]] = [
+        (cp.sum(z) == 1.5, linear, [low, high], {"p": p, "side": side}, 1.0),
+        (apart, disc, [low], {"p": p}, 2.6),
+    ]
+    for equality, inequality, bounds, parameters, factor in cases:
+        source = cp.Problem(cp.Minimize(cp.sum_squares(z - p)), [equality, inequality, *bounds])
+        problem = bilevel.from_cvxpy(source, parameters=parameters, upper=nothing)
+        source.solve(cp.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10, tol_feas=1e-10)
+        flat = FlatProblem(problem, *problem.start)
+        found = solve_lower_level(flat, flat.flat_x(problem.start[0]), flat.flat_y(problem.start[1]), atol=1e-9)
+        duals = found.multipliers
+        expected = [float(c.dual_value) for c in (equality, inequality, low, high) if c is not high or high in bounds]
+        ours = [duals.equality, duals.inequality * factor, duals.lower[3:], duals.upper[:1]]
+        assert torch.cat(ours)[: len(expected)].tolist() == pytest.approx(expected, rel=1e-5)
+        assert min(map(abs, expected)) > 0.1  # all of them matter
 
 
 def test_a_cone_is_described_by_smooth_rows() -> None:

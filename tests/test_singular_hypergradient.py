@@ -151,6 +151,14 @@ class Coupled:
     def h(self, x: Tensor, y: Tensor) -> Tensor:
         return y.sum() + 0.3 * x[1]
 
+    def multipliers(self) -> dict[str, Any]:
+        solved = self.solve(self.x)
+        return {
+            "lower_inequality": {"rows": solved.inequality[0].detach(), "ball": solved.inequality[1].detach()},
+            "lower_equality": solved.equality.detach(),
+            "lower_set": (solved.upper - solved.lower).detach(),
+        }
+
     def psi_gradient(self) -> Tensor:
         own = self.x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self.f(own, self.solve(own).x), own)
@@ -190,14 +198,13 @@ def test_without_the_active_rows_the_value_is_wrong() -> None:
 
 def test_given_multipliers_are_used() -> None:
     case = coupled()
-    solved = case.solve(case.x)
-    given = {
-        "lower_inequality": {"rows": solved.inequality[0].detach(), "ball": solved.inequality[1].detach()},
-        "lower_equality": solved.equality.detach(),
-        "lower_set": (solved.upper - solved.lower).detach(),
-    }
+    given = case.multipliers()
     found = singular_hypergradient(case.problem, case.x, case.y, multipliers=given)
     assert torch.allclose(found.value, case.psi_gradient(), rtol=0, atol=1e-9)
+    rows = given["lower_inequality"]
+    turned = {**given, "lower_inequality": {"ball": rows["ball"], "rows": rows["rows"]}}
+    again = singular_hypergradient(case.problem, case.x, case.y, multipliers=turned)
+    assert torch.equal(again.value, found.value) and found.notes == again.notes == ()
     wrong = {
         **given,
         "lower_equality": given["lower_equality"] * 0,
@@ -205,6 +212,143 @@ def test_given_multipliers_are_used() -> None:
     }
     moved = singular_hypergradient(case.problem, case.x, case.y, multipliers=wrong)
     assert float((moved.value - case.psi_gradient()).abs().max()) > 1e-2
+    assert any("does not satisfy the lower optimality conditions" in note for note in moved.notes)
+
+
+class Units:
+    """A quadratic program whose objective, rows and variables are measured in any units; y has one entry fixed."""
+
+    def __init__(self, objective: float = 1.0, row: float = 1.0) -> None:
+        H = draw(5, 5, seed=21)
+        self.H, self.B, self.a = H @ H.T + torch.eye(5), draw(5, 2, seed=22), draw(2, 5, seed=23)
+        self.x = torch.tensor([0.4, 0.7])
+        self.problem = BilevelProblem(
+            upper=lambda x, y: ((y - 1) ** 2).sum() / 2 + (x * y[:2]).sum(),
+            lower=lambda x, y: objective * (0.5 * y @ self.H @ y - (self.B @ x) @ y),
+            lower_equality=lambda x, y: row * (self.a[0] @ y - x[0] - x[1] ** 2),
+            lower_inequality=lambda x, y: (self.a[1] @ y - 5 * x[1] + 4).reshape(1) / row,
+            lower_set=constrained.Box(torch.tensor([-9.0, -9.0, 0.2, -9, -9]), torch.tensor([9.0, 9.0, 0.2, 9, 9])),
+        )
+
+    def solved(self, x: Tensor) -> Tensor:
+        """y, and the multipliers: both rows are tight, and y_2 is 0.2."""
+        rows = torch.cat([self.a, torch.eye(5)[2:3]])
+        system = torch.cat([torch.cat([self.H, rows.T], 1), torch.cat([rows, torch.zeros(3, 3)], 1)])
+        right = torch.cat([self.B @ x, torch.stack([x[0] + x[1] ** 2, 5 * x[1] - 4, torch.tensor(0.2)])])
+        return torch.linalg.solve(system, right)
+
+    def psi(self, x: Tensor) -> float:
+        return float(self.problem.upper(x, self.solved(x)[:5]))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(("objective", "row"), [(1.0, 1.0), (1e9, 1.0), (1e3, 1e5), (1e-4, 1e-3)])
+def test_units_do_not_matter(objective: float, row: float, dense: bool) -> None:
+    check_units(singular_hypergradient, objective, row, dense)
+
+
+def check_units(find: Any, objective: float = 1e6, row: float = 1.0, dense: bool = True) -> None:
+    case = Units(objective, row)
+    solution = case.solved(case.x)
+    assert float(solution[6]) > 0.1  # the inequality has a force
+    found = find(case.problem, case.x, solution[:5], dense=dense)
+    assert torch.allclose(found.value, differences(case.psi, case.x), rtol=0, atol=1e-9), found
+    assert found.active["lower_set"].tolist() == [False, False, True, False, False]
+    assert found.residual < 1e-9 and found.notes == ()
+
+
+def test_a_vertex_of_a_linear_program() -> None:
+    """The Hessian is zero, and y solves the active rows."""
+    A, c = torch.tensor([[1.0, 2.0], [3.0, 1.0]]), torch.tensor([-1.0, -1.0])
+    problem = BilevelProblem(
+        upper=lambda x, y: (y**2).sum() * x[0],
+        lower=lambda x, y: c @ y,
+        lower_inequality=lambda x, y: torch.cat([A @ y - x**2, -y]),
+    )
+    vertex = lambda x: torch.linalg.solve(A, x**2)  # noqa: E731
+    x = torch.tensor([1.5, 1.7])
+    v = cp.Variable(2, nonneg=True)
+    cp.Problem(cp.Minimize(c.numpy() @ v), [A.numpy() @ v <= x.numpy() ** 2]).solve()
+    np.testing.assert_allclose(np.asarray(v.value), vertex(x).numpy(), atol=1e-7)
+    found = singular_hypergradient(problem, x, vertex(x))
+    expected = differences(lambda x: float(problem.upper(x, vertex(x))), x)
+    assert torch.allclose(found.value, expected, rtol=0, atol=1e-9) and (found.rank, found.size) == (4, 4)
+    assert found.active["lower_inequality"].tolist() == [True, True, False, False] and found.notes == ()
+
+
+def test_rows_that_say_the_same_have_many_multipliers() -> None:
+    """K is singular in the multipliers, whose choice changes nothing."""
+    H = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    single = lambda x, y: y.sum() - x[0] * x[1]  # noqa: E731
+    problem = BilevelProblem(
+        upper=lambda x, y: (y**3).sum() + x[1] * y[0],
+        lower=lambda x, y: 0.5 * y @ H @ y - y.sum() * 5 - x[1] * y[2],
+        lower_inequality=lambda x, y: torch.stack([single(x, y), 3 * single(x, y) + single(x, y) ** 2]),
+        lower_equality=lambda x, y: torch.stack([y[0] - y[1], 2 * (y[0] - y[1])]),
+    )
+
+    def best(x: Tensor) -> Tensor:
+        # y_0 = y_1 = (x_0 x_1 - y_2) / 2: the minimum over y_2.
+        total, curve = x[0] * x[1], 3.0 / 4.0
+        last = (curve * total + x[1]) / (curve + 3.0)
+        return torch.stack([(total - last) / 2, (total - last) / 2, last])
+
+    x = torch.tensor([0.6, 0.9])
+    expected = differences(lambda x: float(problem.upper(x, best(x))), x)
+    for share in (None, 0.0, 0.5, 1.0):
+        force = 5.0 - 0.5 * float(best(x)[0] * 3)  # the y_0 and y_1 rows of stationarity, added
+        given = {
+            "lower_inequality": torch.tensor([share * force, (1 - share) * force / 3]),
+            "lower_equality": torch.tensor([0.5 * float(best(x)[0]), 0.0]),
+        } if share is not None else None  # fmt: skip
+        found = singular_hypergradient(problem, x, best(x), multipliers=given)
+        assert torch.allclose(found.value, expected, rtol=0, atol=1e-9)
+        assert found.residual < 1e-10 and found.motion is not None and found.motion < 1e-10
+        assert found.rank == 5 and all("kink" in note for note in found.notes)
+
+
+def test_a_point_that_is_no_lower_solution_is_reported() -> None:
+    case = Units()
+    (note,) = singular_hypergradient(case.problem, case.x, case.solved(case.x)[:5] + 0.01).notes
+    assert "does not satisfy the lower optimality conditions" in note and "solve the lower level" in note
+
+
+def test_an_equality_without_gradient_is_reported() -> None:
+    """x - 1 + (y - 1)^2 = 0 has the solution y = 1 at x = 1, but no multiplier, and no solution at a larger x."""
+    problem = BilevelProblem(
+        upper=lambda x, y: (y**2).sum(),
+        lower=lambda x, y: ((y - 3) ** 2).sum(),
+        lower_equality=lambda x, y: x - 1 + (y - 1) ** 2,
+    )
+    found = singular_hypergradient(problem, torch.ones(1), torch.ones(1))
+    assert found.motion == pytest.approx(1.0) and any("do not move smoothly" in note for note in found.notes)
+    assert any("does not satisfy the lower optimality conditions" in note for note in found.notes)
+
+
+def test_a_fixed_entry_without_force_is_no_edge() -> None:
+    problem = BilevelProblem(
+        upper=lambda x, y: (y**2).sum(),
+        lower=lambda x, y: 0.5 * ((y - x) ** 2).sum(),
+        lower_set=constrained.Box(torch.tensor([-5.0, 1.0]), torch.tensor([5.0, 1.0])),
+    )
+    found = singular_hypergradient(problem, torch.tensor([2.0, 1.0]), torch.tensor([2.0, 1.0]))
+    assert found.value.tolist() == pytest.approx([4.0, 0.0], abs=1e-12) and found.notes == ()
+    assert found.active["lower_set"].tolist() == [False, True]
+
+
+def test_many_unknowns_without_matrices() -> None:
+    """300 unknowns, a third without curvature: psi is half the squares of sin x elsewhere."""
+    curvature = torch.logspace(-2, 1, 300)
+    curvature[::3] = 0.0
+    problem = BilevelProblem(
+        upper=lambda x, y: 0.5 * (y**2).sum(), lower=lambda x, y: 0.5 * (curvature * (y - x.sin()) ** 2).sum()
+    )
+    x = draw(300, seed=31)
+    kept = curvature > 0
+    y = torch.where(kept, x.sin(), 0.0)
+    found = singular_hypergradient(problem, x, y, dense=False)
+    assert torch.allclose(found.value, torch.where(kept, x.sin() * x.cos(), 0.0), rtol=0, atol=1e-6)
+    assert found.residual < 1e-9 and found.notes == ()
 
 
 class FlatProgram:
@@ -311,44 +455,46 @@ def test_a_rank_in_doubt_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("change", "message"),
     [
-        ({"rtol": 0.0}, ValueError, r"rtol must lie in \(0, 1\)"),
-        ({"multipliers": {}}, ValueError, r"multipliers\['lower_equality'\] must have 1 entries, got none"),
+        ({"lower_equality": None}, r"multipliers\['lower_equality'\] is missing: give all .* or multipliers=None"),
+        ({"lower_set": None}, r"multipliers\['lower_set'\] is missing"),
         (
-            {"multipliers": {"lower_equality": torch.ones(1), "lower_inequality": torch.ones(2)}},
-            ValueError,
-            r"multipliers\['lower_inequality'\] must have 5 entries, got 2",
+            {"lower_inequality": torch.ones(5)},
+            r"multipliers\['lower_inequality'\] must .* \['rows'\] \(4,\).*got tensor",
         ),
-        (
-            {
-                "multipliers": {
-                    "lower_equality": torch.ones(1),
-                    "lower_inequality": torch.ones(5),
-                    "lower_set": torch.ones(3),
-                }
-            },
-            ValueError,
-            r"multipliers\['lower_set'\] must have 5 entries like y, got 3",
-        ),
+        ({"lower_set": torch.ones(3)}, r"multipliers\['lower_set'\] must .* tensor \(5,\) .*, got tensor \(3,\)"),
+        ({"lower_equalities": torch.ones(1)}, r"'lower_equalities', which is none of lower_inequality, .*: rename it"),
     ],
 )
-def test_misuse(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_multipliers_that_do_not_fit(change: dict[str, Any], message: str) -> None:
     case = coupled()
-    with pytest.raises(error, match=message):
-        singular_hypergradient(case.problem, case.x, case.y, **arguments)
+    given = {key: value for key, value in {**case.multipliers(), **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        singular_hypergradient(case.problem, case.x, case.y, multipliers=given)
+
+
+def test_misuse() -> None:
+    case = coupled()
+    with pytest.raises(ValueError, match=r"rtol must lie in \(0, 1\)"):
+        singular_hypergradient(case.problem, case.x, case.y, rtol=0.0)
     with pytest.raises(TypeError, match=r"problem must be a bilevel.BilevelProblem, got str"):
         singular_hypergradient("problem", case.x, case.y)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"y must have floating-point tensors only, got .* torch.int64: .*double"):
+        singular_hypergradient(case.problem, case.x, torch.ones(5, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"x must have floating-point tensors only, got .*0.3"):
+        singular_hypergradient(case.problem, [0.3, 0.4, 0.5], case.y)
 
 
 MUTATIONS = [
     ("return -self.cross.flat_mm(solved), residuals", "return self.cross.flat_mm(solved), residuals"),
     ("value=flat.x_tree(slope_x + pulled[0])", "value=flat.x_tree(pulled[0])"),
-    ("return value + rows @ self._forces() + ", "return value + "),
-    ("(rows / self.sizes)[self.rows] @ z[count:]", "0.0 * (rows / self.sizes)[self.rows] @ z[count:]"),
-    ("self.held, self.edge = held | fixed,", "self.held, self.edge = held & fixed,"),
+    ("return value + self._rows(x, y) @ forces", "return value"),
+    ("if size > float(torch.finfo(self.y.dtype).eps) * self.force else 1.0", "if size < 0 else 1.0"),
+    ("+ self.weight * (self", "+ 0.0 * (self"),
+    ("self.held = self.held | (", "self.held = self.held & ("),
     ("strong = (force > distance) & ~self.weak", "strong = force < distance"),
-    ("kept = values.abs() > self.rtol * values.abs().amax()", "kept = values > self.rtol * values.abs().amax()"),
+    ("vectors, values.abs() > self.rtol * largest(values)", "vectors, values > self.rtol * largest(values)"),
     (
         "inverse = torch.where(kept, 1.0 / torch.where(kept, values, 1.0), 0.0)",
         "inverse = 1.0 / (values + 1e-3)",
@@ -365,3 +511,4 @@ def test_a_broken_line_is_noticed(old: str, new: str) -> None:
     with mutated("bilevel.singular_hypergradient", old, new) as broken, pytest.raises(AssertionError):
         check_many_solutions(broken.singular_hypergradient)
         check_coupled_constraints(broken.singular_hypergradient)
+        check_units(broken.singular_hypergradient)
