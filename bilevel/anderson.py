@@ -17,7 +17,7 @@ RIDGE = 1e-10
 """On the normal equations, relative to their trace: consecutive differences are nearly dependent."""
 
 LONGEST = 16.0
-CREDIT = 5.0
+CREDIT = 20.0
 """In memories: fewer points end the acceleration too early where rounding hides the merit."""
 CLOSER = 0.9
 """A residual is a new smallest one from this fraction of the last on."""
@@ -59,7 +59,7 @@ class Anderson:
     smallest. A point where the residual or the merit is larger than at the last accepted one is refused, and the plain
     step ``T(s)`` from there taken instead; the two newest rows are kept then, as what is older misled. The residual
     alone would lead to maxima and saddle points as well, and where the merit may be wrong by more than a plain step
-    lowers it, extrapolations uphill and plain steps downhill would take turns for ever: after ``5 memory`` points that
+    lowers it, extrapolations uphill and plain steps downhill would take turns for ever: after ``20 memory`` points that
     only the residual spoke for, and no new smallest residual, the merit must have visibly fallen. Each refusal in a row
     doubles the number of plain steps before the next attempt.
 

@@ -18,8 +18,9 @@ SLOPE = 0.1
 """A gradient counts as the curvature that would build it up over ten times the size of the point: linear objectives
 have no other scale."""
 SMALL = 1e-8
-ROUNDS = 2
-"""Of equilibration. Two were as good as three on support vector machines, where six made the weights too slow."""
+ROUNDS = 4
+"""Of equilibration. All but the last find units, from the sizes of single derivatives; the last counts them. More that
+count make the weights of support vector machines too slow."""
 PROBES = 8
 """Products per round and objective, from which column norms are known up to a fourth of themselves."""
 MILD = 4.0
@@ -31,16 +32,17 @@ FURTHEST = 256.0
 def variable_lengths(flat: FlatProblem, x: Tensor, y: Tensor, oracles: Sequence[Oracle]) -> tuple[float, ...]:
     """Lengths s of the leaves of x and then of y, in which gradient steps of one size suit all of them.
 
-    With H_F and H_f the Hessians of both objectives, each divided by its largest
-    column norm, and J the Jacobian of the rows of the lower level, all columns of
+    With H_F and H_f the Hessians of both objectives, each divided by its largest column norm, and J the Jacobian of the
+    rows of the lower level, all columns of
 
     .. math:: \\begin{pmatrix} S H_F S \\\\ S H_f S \\\\ R J S \\end{pmatrix}
 
-    (in the mean over a leaf) and all rows of RJS come nearer to the same norm; :data:`ROUNDS` rounds do not make them
-    equal, since derivatives at one point tell no more. Where variables enter many rows, as the
-    weights of a machine do, they get short lengths, and others that enter one, as slacks do, long ones, which no
-    scaling of rows can do. Powers of two with geometric mean about one over all variables; one 1.0 for all where they
-    would hardly differ.
+    (in the mean over a leaf) and all rows of RJS come nearer to the same norm. In all rounds but the last, norms of J
+    are divided by the roots of the numbers of their entries, which takes out the units of variables. The last counts
+    the entries: where variables enter many rows, as the weights of a machine do, they get short lengths, and others
+    that enter one, as slacks do, long ones, which no scaling of rows can do. One such round does not make the norms
+    equal, since derivatives at one point tell no more. Powers of two with geometric mean about one over all variables;
+    one 1.0 for all where they would hardly differ.
 
     Args:
         flat: the problem.
@@ -56,18 +58,20 @@ def variable_lengths(flat: FlatProblem, x: Tensor, y: Tensor, oracles: Sequence[
         [GradientDifference(_of_pair(flat, level, oracle), point) for oracle in oracles] for level in ("upper", "lower")
     ]
     units = [_columns(each, s, generator).amax() for each in hessians]
-    for _ in range(ROUNDS):
+    entries = [(jacobian != 0).sum(dim=k).clamp(min=1) for k in (0, 1)]
+    for k in range(ROUNDS):
+        of_column, of_row = entries if k < ROUNDS - 1 else (1, 1)
         scaled = (r[:, None] * jacobian * s).square().nan_to_num(0.0, 0.0, 0.0)
-        columns = scaled.sum(dim=0)
+        columns = scaled.sum(dim=0) / of_column
         for each, unit in zip(hessians, units, strict=True):
             columns = columns + torch.where(unit > 0, _columns(each, s, generator) / unit, 0.0)
         s = s * _inverse_root(_averaged(columns, sizes).sqrt())
-        r = r * _inverse_root(scaled.sum(dim=1).sqrt())
+        r = r * _inverse_root((scaled.sum(dim=1) / of_row).sqrt())
     if float(s.amax()) <= MILD * float(s.amin()):
         return (1.0,)
     s = (s / s.log().mean().exp()).clamp(1.0 / FURTHEST, FURTHEST)
     first = [part[0] if len(part) else s.new_ones(()) for part in s.split(sizes)]
-    return tuple(torch.exp2(torch.log2(torch.stack(first)).round()).tolist())
+    return tuple(2.0**exponent for exponent in torch.log2(torch.stack(first)).round().tolist())
 
 
 def by_variable(flat: FlatProblem, lengths: tuple[float, ...]) -> Tensor:
@@ -154,8 +158,9 @@ def row_weights(flat: FlatProblem, x: Tensor, y: Tensor, lengths: Tensor | float
     weights = torch.where(torch.isfinite(size) & (size > 0), 1.0 / size, 1.0)
     if not len(weights):
         return weights
-    norm = torch.linalg.matrix_norm(matrix * weights[:, None], 2)
-    return weights / torch.where(torch.isfinite(norm), norm, 1.0).clamp(min=1.0)
+    # A row without a finite gradient here, as of a root at zero, does not count.
+    norm = torch.linalg.matrix_norm((matrix * weights[:, None]).nan_to_num(0.0, 0.0, 0.0), 2)
+    return weights / norm.clamp(min=1.0)
 
 
 def _jacobian(flat: FlatProblem, point: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What LV-HBA must find on problems with closed forms; broken versions are held against the same."""
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -200,32 +201,54 @@ def large_rows(cls: Method) -> None:
     case(cls, "coupled_sum", 250, n=100)
 
 
+def in_units(chosen: problems.Case, big: float, small: float, bound: float = math.inf) -> BilevelProblem:
+    """The polyhedral case in the variables ``x / big`` and ``small y``, with |y| at most ``bound`` before that."""
+    declared = chosen.problem
+    return BilevelProblem(
+        lambda x, y: declared.upper(big * x, y / small),
+        lambda x, y: declared.lower(big * x, y / small),
+        lower_inequality=lambda x, y: declared.lower_inequality(big * x, y / small),  # type: ignore[misc]
+        lower_set=Box(-bound * small, bound * small),
+    )
+
+
 def lengths(cls: Method) -> None:
     """The polyhedral case with bounds on y, x in units of 64 and y in units of 1/64: only y may reach its bounds.
 
     Raises:
         AssertionError: if the solution is not the one in other units, or takes many more steps.
     """
-    chosen = problems.case("coupled_polyhedral")
-    declared, big = chosen.problem, 64.0
-    problem = BilevelProblem(
-        lambda x, y: declared.upper(big * x, y / big),
-        lambda x, y: declared.lower(big * x, y / big),
-        lower_inequality=lambda x, y: declared.lower_inequality(big * x, y / big),  # type: ignore[misc]
-        lower_set=Box(-0.5 * big, 0.5 * big),
-    )
-    plain = BilevelProblem(
-        declared.upper,
-        declared.lower,
-        lower_inequality=declared.lower_inequality,
-        lower_set=Box(-0.5, 0.5),
-    )
+    chosen, big = problems.case("coupled_polyhedral"), 64.0
     x, y = chosen.start
-    expected = solve(bilevel.LVHBA, plain, x, y, 20_000)
+    expected = solve(bilevel.LVHBA, in_units(chosen, 1.0, 1.0, 0.5), x, y, 20_000)
     assert float(tree.ravel(expected.y).abs().max()) > 0.5 - 1e-6
-    found = solve(cls, problem, x / big, y * big, 3 * expected.steps)
+    found = solve(cls, in_units(chosen, big, big, 0.5), x / big, y * big, 3 * expected.steps)
     close((big * found.x, found.y / big), (expected.x, expected.y), "(x, y)")
 
 
+def units(cls: Method, big: float = 1.0, small: float = 100.0) -> None:
+    """The polyhedral case in other units: its solution in them, and its multipliers, since rows and f are the same.
+
+    Raises:
+        AssertionError: if not.
+    """
+    chosen = problems.case("coupled_polyhedral")
+    x, y = chosen.start
+    found = solve(cls, in_units(chosen, big, small), x / big, y * small, 1_500)
+    close((big * found.x, found.y / small), (chosen.x_star, chosen.y_star), "(x, y)")
+    close(found.multipliers["lower_inequality"], chosen.multipliers_star["lower_inequality"], "the multipliers")  # type: ignore[index]
+
+
 Check = Callable[[Method], None]
-CHECKS: tuple[Check, ...] = (active, inactive, polyhedral, equation, bounds, scaled, large_rows, directions, lengths)
+CHECKS: tuple[Check, ...] = (
+    active,
+    inactive,
+    polyhedral,
+    equation,
+    bounds,
+    scaled,
+    large_rows,
+    directions,
+    lengths,
+    units,
+)

@@ -114,13 +114,13 @@ def test_residuals_alone_lead_uphill_for_a_while_only() -> None:
     method, point = Anderson(memory=2), torch.zeros(2)
     state, slack = method.init(point), torch.tensor(1.0)
     flags = []
-    for k in range(14):
+    for k in range(44):
         angle = torch.tensor(0.3 * k)
         residual = (1.0 - 0.001 * k) * torch.stack([angle.cos(), angle.sin()])
-        point, refused = method.advance(state, point, point + residual, torch.tensor(0.01 * k), slack)
+        _, refused = method.advance(state, point, point + residual, torch.tensor(0.01 * k), slack)
         flags.append(bool(refused))
-    # Two plain points, ten extrapolated ones, and then the merit would have to speak.
-    assert flags == 12 * [False] + [True, False]
+    # Two plain points, forty extrapolated ones, and then the merit would have to speak.
+    assert flags == 42 * [False] + [True, False]
     assert float(state.credit) == 0.0
     other = copy.copy(state)
     other.extrapolated = torch.tensor(True)
@@ -129,4 +129,4 @@ def test_residuals_alone_lead_uphill_for_a_while_only() -> None:
     assert bool(refused) and float(other.credit) == 0.0
     other.extrapolated = torch.tensor(False)
     method.advance(other, point, point + small, torch.tensor(0.2), slack)
-    assert float(other.credit) == 10.0
+    assert float(other.credit) == 40.0

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import problems
 from bilevel import Batches, BilevelProblem
 from bilevel.flat import FlatProblem
 from bilevel.joint_scaling import MILD, by_variable, joint_curvature, row_weights, variable_lengths
 from bilevel.measure import draw_oracles
 from bilevel.oracle import new_counts
+from tests.lv_hba_checks import in_units
 
 
 def test_curvature_is_the_largest_eigenvalue_in_both_variables() -> None:
@@ -82,6 +84,18 @@ def test_a_row_without_gradient_at_the_point_is_measured_beside_it() -> None:
     assert 1e-6 < float(weights) < 1e-3
 
 
+def test_a_row_with_an_infinite_gradient_leaves_the_others_their_weights() -> None:
+    problem = BilevelProblem(
+        lambda x, y: y.sum(),
+        lambda x, y: y.square().sum() - x.sum(),
+        lower_inequality=lambda x, y: torch.stack([y[0].sqrt() - 1.0, 4.0 * y[1] - 3.0 * x[0]]),
+    )
+    x, y = torch.ones(1), torch.tensor([0.0, 1.0])
+    weights = row_weights(FlatProblem(problem, x, y), x, y)
+    torch.testing.assert_close(weights[1], torch.tensor(0.2))
+    assert bool(torch.isfinite(weights).all())
+
+
 def test_without_rows_there_are_no_weights() -> None:
     problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y - x).square().sum())
     zero = torch.zeros(2)
@@ -101,7 +115,8 @@ def machine(wide: float = 1.0) -> tuple[FlatProblem, Tensor, Tensor]:
         lower,
         lower_inequality=lambda x, y: 1.0 - y["slack"] - table @ (wide * y["w"]),
     )
-    x, y = torch.full((60,), -3.0), {"slack": torch.rand(60, generator=generator), "w": torch.full((3,), 0.1 / wide)}
+    x, slack = torch.full((60,), -3.0), torch.rand(60, generator=generator)
+    y = {"slack": slack, "w": torch.full((3,), 0.1 / wide)}
     flat = FlatProblem(problem, x, y)
     return flat, flat.flat_x(x), flat.flat_y(y)
 
@@ -130,6 +145,29 @@ def test_lengths_bring_columns_together() -> None:
         before = leaf_norms(flat, x, y, torch.ones(123))
         after = leaf_norms(flat, x, y, by_variable(flat, lengths))
         assert float(after.amax() / after.amin()) <= float(before.amax() / before.amin()) ** 0.75
+
+
+def test_lengths_count_rows_once() -> None:
+    """Weights enter 1,024 rows as slacks enter one: norms 32 times as large, of which the root counts, 5.7."""
+    signs = torch.sign(torch.randn(1024, 3, generator=torch.Generator().manual_seed(0)))
+    problem = BilevelProblem(
+        lambda x, y: x.square().sum(),
+        lambda x, y: x.square().sum() + 1e-6 * (y["w"].square().sum() + y["slack"].square().sum()),
+        lower_inequality=lambda x, y: signs @ y["w"] - y["slack"],
+    )
+    flat = FlatProblem(problem, torch.ones(2), {"slack": torch.ones(1024), "w": torch.ones(3)})
+    _, slack, weight = variable_lengths(flat, torch.ones(2), torch.ones(1027), [flat.oracle])
+    assert 4.0 <= slack / weight <= 8.0
+
+
+@pytest.mark.parametrize(("big", "small"), [(1.0, 100.0), (100.0, 1.0), (64.0, 64.0), (1 / 30, 1 / 30)])
+def test_lengths_follow_the_units(big: float, small: float) -> None:
+    """In x / big and small y lengths are 1 / big and small beside each other, up to rounding to powers of two."""
+    case = problems.case("coupled_polyhedral")
+    problem, x, y = in_units(case, big, small), case.start[0] / big, case.start[1] * small
+    flat = FlatProblem(problem, x, y)
+    of_x, of_y = variable_lengths(flat, x, y, [flat.oracle])
+    assert 0.5 <= of_y / of_x / (big * small) <= 2.0
 
 
 def test_mild_differences_leave_the_variables_alone() -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 import bilevel
 import problems
 from bilevel import BilevelProblem, SolveError, Status
+from bilevel.algorithms.lv_hba_report import _descends
 from bilevel.flat import FlatProblem
 from bilevel.lower_level import solve_lower_level
+from bilevel.nearest_response import respond
 from constrained import Affine, Ball, Box
 from implicit import tree
 from tests import lv_hba_checks
@@ -44,6 +46,23 @@ def test_closed_forms_with_default_arguments(name: str) -> None:
 @pytest.mark.parametrize("check", [lv_hba_checks.bounds, lv_hba_checks.scaled], ids=lambda check: check.__name__)
 def test_bounds_and_units(check: object) -> None:
     check(bilevel.LVHBA)  # type: ignore[operator]
+
+
+def test_sets_in_given_lengths_are_the_same_sets() -> None:
+    """f = |x - (2, 1)|² + |y|²/10 and y = x in a disc, whose projection knows no lengths but those that are given."""
+    problem = BilevelProblem(
+        lambda x, y: (x - torch.tensor([2.0, 1.0])).square().sum() + y.square().sum() / 10,
+        lambda x, y: 0.5 * (y - x).square().sum(),
+        upper_set=Ball(1.5),
+    )
+    zero = torch.zeros(2)
+    measured = bilevel.solve(problem, bilevel.LVHBA(), zero, zero)
+    assert measured.algorithm.lengths == (1.0,)
+    given = bilevel.solve(problem, bilevel.LVHBA(lengths=(3.0, 0.7)), zero, zero)
+    expected = 1.5 * torch.tensor([2.0, 1.0]) / math.sqrt(5)
+    for solution in (measured, given):
+        assert solution.success, solution.message
+        torch.testing.assert_close(solution.x, expected, rtol=0, atol=1e-4)
 
 
 def test_the_bias_of_one_penalty_is_the_one_of_theory() -> None:
@@ -177,13 +196,31 @@ def test_a_split_run_equals_the_whole_run(at: int, tmp_path: Path) -> None:
     assert whole.accuracy == resumed.accuracy
 
 
-@pytest.mark.parametrize("at", [1, 40])
-def test_a_split_minibatch_run_equals_the_whole_run(at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [1, 45])
+def test_a_split_run_with_lengths_equals_the_whole_run(at: int, tmp_path: Path) -> None:
+    """Bounds and rows, measured lengths, and given ones in which divisions round."""
+    case = problems.case("coupled_polyhedral")
+    problem, (x, y) = lv_hba_checks.in_units(case, 64.0, 64.0, 0.5), case.start
+    for method in (bilevel.LVHBA(), bilevel.LVHBA(lengths=(0.3, 7.0))):
+        whole = bilevel.solve(problem, method, x / 64, y * 64, max_steps=80)
+        assert whole.algorithm.lengths != (1.0,)
+        path = tmp_path / "run.pt"
+        save = bilevel.SaveCheckpoint(path, every=1)
+        bilevel.solve(problem, method, x / 64, y * 64, max_steps=at, callbacks=[save])
+        resumed = bilevel.solve(problem, checkpoint=bilevel.load_checkpoint(path), max_steps=80)
+        assert same(whole, resumed)
+        assert (whole.steps, whole.counts, whole.algorithm) == (resumed.steps, resumed.counts, resumed.algorithm)
+        assert whole.accuracy == resumed.accuracy
+
+
+@pytest.mark.parametrize(("at", "lengths"), [(1, None), (40, None), (40, (0.3, 7.0))])
+def test_a_split_minibatch_run_equals_the_whole_run(at: int, lengths: tuple[float, ...] | None, tmp_path: Path) -> None:
     problem, x, y = finite_sum(8)
-    whole = bilevel.solve(problem, bilevel.LVHBA(), x, y, max_steps=90)
+    method = bilevel.LVHBA(lengths=lengths)
+    whole = bilevel.solve(problem, method, x, y, max_steps=90)
     path = tmp_path / "run.pt"
     save = bilevel.SaveCheckpoint(path, every=1)
-    bilevel.solve(problem, bilevel.LVHBA(), x, y, max_steps=at, callbacks=[save])
+    bilevel.solve(problem, method, x, y, max_steps=at, callbacks=[save])
     resumed = bilevel.solve(problem, checkpoint=bilevel.load_checkpoint(path), max_steps=90)
     assert same(whole, resumed) and whole.counts == resumed.counts
     assert not torch.equal(whole.x, x)
@@ -385,6 +422,44 @@ def test_a_local_solution_of_a_nonconvex_lower_level_is_not_called_converged() -
     assert not bilevel.verify(problem, solution.x, solution.y)
 
 
+def test_points_that_are_not_stationary_are_no_kinks_in_small_units() -> None:
+    """In lengths of one, x 4096 times as small as y stops far from a solution; steps longer than x tell nothing."""
+    case, big = problems.case("coupled_polyhedral"), 64.0
+    problem, (x, y) = lv_hba_checks.in_units(case, big, big, 0.5), case.start
+    solution = bilevel.solve(problem, bilevel.LVHBA(lengths=(1.0,)), x / big, y * big, raise_on_failure=False)
+    assert solution.status is Status.STALLED and "not stationary" in solution.message
+
+
+@pytest.mark.parametrize("big", [1.0, 8.0])
+def test_kinks_are_solutions(big: float) -> None:
+    """f falls on both sides towards x = 1, beyond which y stays at its bound; in other units, too."""
+    case = problems.case("box_kink")
+    declared = case.problem
+    problem = BilevelProblem(
+        lambda x, y: declared.upper(big * x, y / big),
+        lambda x, y: declared.lower(big * x, y / big),
+        upper_set=Box(-3.0 / big, 3.0 / big),
+        lower_set=Box(-big, big),
+    )
+    x, y = case.start
+    solution = bilevel.solve(problem, bilevel.LVHBA(), x / big, y * big)
+    assert solution.success and "kink" in solution.message, solution.message
+    assert float(big * solution.x - case.x_star) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_steps_that_look_for_descent_are_long_beside_the_error_of_x() -> None:
+    """Slopes of -0.99 and 0.01 beside the kink: f falls up to it from an error away, and is flat beyond."""
+    case = problems.case("box_kink", r=0.01)
+    x, y = case.x_star.reshape(1), case.y_star.reshape(1)
+    flat = FlatProblem(case.problem, case.x_star, case.y_star)
+    for error in (1e-3, 1e-5, 1e-7):
+        for side in (-error, error):
+            point = respond(flat, x + side, y, curvature=1.0)
+            assert not _descends(flat, point, 2.0, error, 1.0)
+    point = respond(flat, x - 0.01, y, curvature=1.0)
+    assert _descends(flat, point, 2.0, 1e-6, 1.0)
+
+
 @pytest.mark.parametrize("stages", [1, 2])
 def test_too_few_penalties_give_no_bias_and_no_convergence(stages: int) -> None:
     case = problems.case("coupled_scalar_inactive")
@@ -439,6 +514,11 @@ def test_it_handles_every_field() -> None:
         upper_equality=lambda x, y: x.sum() - 1,
     )
     assert bilevel.LVHBA().refuses(problem) is None
+
+
+def test_lengths_are_a_tuple() -> None:
+    with pytest.raises(TypeError, match=r"lengths must be a tuple of numbers, such as \(1.0,\), got 2.0"):
+        bilevel.LVHBA(lengths=2.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -57,27 +57,28 @@ MUTATIONS_OF_PROJECTIONS = {
 }
 
 MUTATIONS = {
-    "z frozen": ("z - beta * d_z]", "z]", checks.active),
+    "z frozen": ("here.z - beta * d_z]", "here.z]", checks.active),
     "lambda descends": ("lam - eta * d_lam", "lam + eta * d_lam", checks.inactive),
     "d_lambda without its proximal term": (
-        "d_lam = -rows[0].detach() + (lam - z) / self.dual_proximal",
-        "d_lam = -rows[0].detach()",
+        "d_lam = -rows + (here.lam - here.z) / self.dual_proximal",
+        "d_lam = -rows",
         checks.directions,
     ),
     "theta without its proximal term": (
-        "d_theta = slope + (theta - y) / self.proximal",
+        "d_theta = slope + (here.theta - here.y) / self.proximal",
         "d_theta = slope",
         checks.directions,
     ),
     "d_x without lambda grad g": (
-        "value_and_gradient(lambda p: lagrangian(p, theta, lam), x)",
-        "value_and_gradient(lambda p: lagrangian(p, theta, 0.0 * lam), x)",
+        "/ scale_lower + lam @ work.rows(weights, p, theta)",
+        "/ scale_lower + 0.0 * lam @ work.rows(weights, p, theta)",
         checks.active,
     ),
     "d_x with the wrong sign": ("d_x = joint_x - lagrangian_x", "d_x = joint_x + lagrangian_x", checks.active),
     "d_x without grad_x f(x, theta)": (
         "d_x = joint_x - lagrangian_x",
-        "d_x = joint_x - lagrangian_x + value_and_gradient(lambda p: lower(p, theta) + 0.0 * p.sum(), x)[1]",
+        "d_x = joint_x - lagrangian_x"
+        " + value_and_gradient(lambda p: work.lower(p, theta, oracle) / scale_lower + 0.0 * p.sum(), x)[1]",
         checks.bounds,
     ),
     "d_y with the wrong sign": ("d_y = joint_y - (y - theta)", "d_y = joint_y + (y - theta)", checks.inactive),
@@ -94,7 +95,7 @@ MUTATIONS = {
         checks.inactive,
     ),
     "no projection onto C": (PROJECTED, NOT_PROJECTED, checks.active),
-    "x not updated": ("x - alpha * d_x, y - alpha", "x, y - alpha", checks.active),
+    "x not updated": ("here.x - alpha * d_x, ", "here.x, ", checks.active),
     "multipliers reported in scaled units": (
         "return verdict.multipliers if verdict is not None else {}",
         "return {k: v * self.lower_curvature for k, v in verdict.multipliers.items()}",
@@ -102,8 +103,8 @@ MUTATIONS = {
     ),
     "variables not scaled": ("if work.scalable else", "if False else", checks.lengths),
     "rows not scaled": (
-        "row_weights(flat, near.x, near.y, work.lengths)",
-        "torch.ones_like(row_weights(flat, near.x, near.y, work.lengths))",
+        "row_weights(work.flat, near.x, near.y, work.lengths)",
+        "torch.ones_like(row_weights(work.flat, near.x, near.y, work.lengths))",
         checks.large_rows,
     ),
 }
@@ -132,7 +133,7 @@ def test_the_real_one_passes(check: checks.Check) -> None:
 
 def test_equivalent_lines_are_not_called_broken() -> None:
     """Directions at the old theta and lambda have the same fixed point; no check may depend on which are used."""
-    old = "        below, lagrangian_x = value_and_gradient(lambda p: lagrangian(p, theta, lam), x)\n"
-    with mutated(ITERATION, old, "        theta, lam = here.theta, here.lam\n" + old) as changed:
+    new = "replace(here, theta=theta, lam=lam)"
+    with mutated(ITERATION, new, "here") as changed:
         checks.active(changed.LVHBA)
         checks.polyhedral(changed.LVHBA)

@@ -147,8 +147,11 @@ class LVHBA(Algorithm[LVHBAState]):
         require_positive_int(self, "stages", "stage_steps")
         require_positive(self, "penalty", "proximal", "dual_proximal", "inner_step", "outer_step", "dual_step")
         require_positive(self, "radius", "upper_curvature", "lower_curvature", "decay")
-        if self.lengths is not None and not (self.lengths and all(0 < length < math.inf for length in self.lengths)):
-            raise ValueError(f"lengths must be positive numbers, one or one for every leaf, got {self.lengths}")
+        if self.lengths is not None:
+            if not isinstance(self.lengths, tuple):
+                raise TypeError(f"lengths must be a tuple of numbers, such as (1.0,), got {self.lengths!r}")
+            if not (self.lengths and all(0 < length < math.inf for length in self.lengths)):
+                raise ValueError(f"lengths must be positive numbers, one or one for every leaf, got {self.lengths}")
         if self.exponent is not None and not 0 <= self.exponent < 0.5:
             raise ValueError(f"exponent must lie in [0, 0.5), got {self.exponent}")
         if not self.growth > 1:
@@ -162,7 +165,7 @@ class LVHBA(Algorithm[LVHBAState]):
         batches = problem.stochastic
         work = Work.of(problem, (start[0], start[1]), new_counts())
         flat, oracles = work.flat, draw_oracles(problem, new_counts())
-        near = work.projection.project(flat.flat_x(start[0]), flat.flat_y(start[1]), work.projection.start())
+        near = work.nearest(start[0], start[1])
         lengths = self.lengths or (variable_lengths(flat, near.x, near.y, oracles) if work.scalable else (1.0,))
         units = by_variable(flat, lengths)
         rho = 1.0 / max(self.proximal, self.dual_proximal)
@@ -187,20 +190,19 @@ class LVHBA(Algorithm[LVHBAState]):
         generator = generator or torch.Generator().manual_seed(0)
         origin = tree.clone((tree.detach(start[0]), tree.detach(start[1])))
         counts = new_counts()
-        work = Work.of(problem, origin, counts)
-        flat = work.flat
-        near = work.projection.project(flat.flat_x(origin[0]), flat.flat_y(origin[1]), work.projection.start())
-        work = work.measured(by_variable(flat, self.lengths or (1.0,)))
-        weights = row_weights(flat, near.x, near.y, work.lengths)
-        y, lam = self._response(flat, weights * (self.lower_curvature or 1.0), near)
-        u, theta = torch.cat([near.x, y]) / work.lengths, y / work.lengths[flat.n :]
-        point = torch.cat([u, theta, lam, lam])
+        plain = Work.of(problem, origin, counts)
+        near = plain.nearest(*origin)
+        work = plain.measured(by_variable(plain.flat, self.lengths or (1.0,)))
+        weights = row_weights(work.flat, near.x, near.y, work.lengths)
+        point = self._start(work, weights, near)
+        lam = point.split(work.sizes)[2]
+        x, y = work.pair(point)
         zero = point.new_zeros(())
         reach = torch.cat([lam, lam.new_zeros(1)]).abs().amax()
         upper, lower = problem.upper_data, problem.lower_data
         return LVHBAState(
-            x=tree.clone(flat.x_tree(near.x)),
-            y=tree.clone(flat.y_tree(y)),
+            x=tree.clone(work.flat.x_tree(x)),
+            y=tree.clone(work.flat.y_tree(y)),
             generator=generator,
             counts=counts,
             origin=origin,
@@ -227,17 +229,18 @@ class LVHBA(Algorithm[LVHBAState]):
             work=work,
         )
 
-    @staticmethod
-    def _response(flat: FlatProblem, units: Tensor, near: JointPoint) -> tuple[Tensor, Tensor]:
-        """The lower solution at the start and its scaled multipliers; the start and zeros if that fails."""
-        blank = near.y, torch.zeros_like(units)
-        if near.status in (Status.INFEASIBLE, Status.NONFINITE):
-            return blank
-        found = solve_lower_level(flat, near.x, near.y)
-        duals = torch.cat([found.multipliers.inequality, found.multipliers.equality])
-        if found.status is not Status.CONVERGED or flat.violation(near.x, found.y) > FEASIBLE:
-            return blank
-        return found.y.detach().clone(), duals / units
+    def _start(self, work: Work, weights: Tensor, near: JointPoint) -> Tensor:
+        """A point in scaled units: y and theta are the lower solution at x, lambda and z its multipliers.
+
+        Where that cannot be found y stays as it is, and the multipliers are zero.
+        """
+        flat, y, lam = work.flat, near.y, torch.zeros_like(weights)
+        if near.status not in (Status.INFEASIBLE, Status.NONFINITE):
+            found = solve_lower_level(flat, near.x, near.y)
+            if found.status is Status.CONVERGED and flat.violation(near.x, found.y) <= FEASIBLE:
+                duals = torch.cat([found.multipliers.inequality, found.multipliers.equality])
+                y, lam = found.y.detach(), duals / (weights * (self.lower_curvature or 1.0))
+        return torch.cat([torch.cat([near.x, y]) / work.lengths, y / work.lengths[flat.n :], lam, lam])
 
     @property
     def _anderson(self) -> Anderson:
@@ -286,54 +289,68 @@ class LVHBA(Algorithm[LVHBAState]):
         self, work: Work, oracle: Oracle, state: LVHBAState, here: Iterate, c: Tensor | float, shrink: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One iteration of the method, before projections."""
-        assert self.inner_step and self.outer_step and self.dual_step and self.upper_curvature and self.lower_curvature
+        assert self.inner_step and self.outer_step and self.dual_step
         eta, alpha, beta = shrink * self.inner_step, shrink * self.outer_step, shrink * self.dual_step
-        weights, scale_upper, scale_lower = state.weights, self.upper_curvature, self.lower_curvature
-        x, y, theta, lam, z = here.x, here.y, here.theta, here.lam, here.z
-        rows: list[Tensor] = []
-
-        def lower(p: Tensor, q: Tensor) -> Tensor:
-            return work.lower(p, q, oracle) / scale_lower
-
-        def lagrangian(p: Tensor, q: Tensor, multipliers: Tensor) -> Tensor:
-            rows.append(work.rows(weights, p, q))
-            return lower(p, q) + multipliers @ rows[-1]
-
-        # The saddle point: both steps from the old point.
-        _, slope = value_and_gradient(lambda q: lagrangian(x, q, lam), theta)
-        d_theta = slope + (theta - y) / self.proximal
-        d_lam = -rows[0].detach() + (lam - z) / self.dual_proximal
-        theta_free = theta - eta * d_theta
-        lam_free = lam - eta * d_lam
-        theta = work.in_y(theta_free)
-        lam = work.in_z(lam_free, state.radius)
+        theta_free, lam_free = self._saddle_step(work, oracle, state.weights, here, eta)
+        theta, lam = work.in_y(theta_free), work.in_z(lam_free, state.radius)
         slack = ((theta - here.theta).square().sum() + (lam - here.lam).square().sum()) / eta**2
+        there = replace(here, theta=theta, lam=lam)
+        (d_x, d_y, d_z), values = self._directions(work, oracle, state.weights, there, c)
+        values["slack"] = values["slack"] + slack
+        image = torch.cat([here.x - alpha * d_x, here.y - alpha * d_y, theta_free, lam_free, here.z - beta * d_z])
+        return image, values
 
-        below, lagrangian_x = value_and_gradient(lambda p: lagrangian(p, theta, lam), x)
+    def _saddle_step(
+        self, work: Work, oracle: Oracle, weights: Tensor, here: Iterate, eta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """theta and lambda one step on, both from the old point, not projected."""
+        assert self.lower_curvature
+        scale_lower = self.lower_curvature
+        found: list[Tensor] = []
+
+        def lagrangian(q: Tensor) -> Tensor:
+            found.append(work.rows(weights, here.x, q))
+            return work.lower(here.x, q, oracle) / scale_lower + here.lam @ found[-1]
+
+        _, slope = value_and_gradient(lagrangian, here.theta)
+        rows = found[0].detach()
+        d_theta = slope + (here.theta - here.y) / self.proximal
+        d_lam = -rows + (here.lam - here.z) / self.dual_proximal
+        return here.theta - eta * d_theta, here.lam - eta * d_lam
+
+    def _directions(
+        self, work: Work, oracle: Oracle, weights: Tensor, here: Iterate, c: Tensor | float
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """What x, y and z move against, and values at the point; ``slack`` is what rounding does to the merit."""
+        assert self.upper_curvature and self.lower_curvature
+        scale_upper, scale_lower = self.upper_curvature, self.lower_curvature
+        x, y, theta, lam, z = here.x, here.y, here.theta, here.lam, here.z
         parts: dict[str, Tensor] = {}
+
+        def lagrangian(p: Tensor) -> Tensor:
+            return work.lower(p, theta, oracle) / scale_lower + lam @ work.rows(weights, p, theta)
 
         def joint(p: Tensor, q: Tensor) -> Tensor:
             parts["upper_value"] = work.upper(p, q, oracle)
-            parts["lower_value"] = lower(p, q)
+            parts["lower_value"] = work.lower(p, q, oracle) / scale_lower
             return parts["upper_value"] / scale_upper / c + parts["lower_value"]
 
+        below, lagrangian_x = value_and_gradient(lagrangian, x)
         _, joint_x, joint_y = value_and_gradients(joint, x, y)
         d_x = joint_x - lagrangian_x
         d_y = joint_y - (y - theta) / self.proximal
         d_z = -(lam - z) / self.dual_proximal
-        gap = parts["lower_value"].detach() - below - (theta - y).square().sum() / (2 * self.proximal)
+        upper, lower = parts["upper_value"].detach(), parts["lower_value"].detach()
+        gap = lower - below - (theta - y).square().sum() / (2 * self.proximal)
         gap = gap + (lam - z).square().sum() / (2 * self.dual_proximal)
-        upper = parts["upper_value"].detach()
-        parts_of_it = torch.stack([upper / scale_upper / c, below, parts["lower_value"].detach()])
-        rounding = ROUNDING * torch.finfo(x.dtype).eps * parts_of_it.abs().amax()
+        largest = torch.stack([upper / scale_upper / c, below, lower]).abs().amax()
         values = {
             "upper_value": upper,
             "gap": gap,
             "merit": upper / scale_upper / c + gap,
-            "slack": slack + rounding,
+            "slack": ROUNDING * torch.finfo(x.dtype).eps * largest,
         }
-        image = torch.cat([x - alpha * d_x, y - alpha * d_y, theta_free, lam_free, z - beta * d_z])
-        return image, values
+        return (d_x, d_y, d_z), values
 
     def _move(
         self,

@@ -22,7 +22,13 @@ STEEP = 1e-3
 """A measured stationarity beyond this fraction of the gradient of the upper objective, or beyond the tolerance, is
 looked into."""
 REACH = 1e-3
-"""Length of the step that looks, relative to the size of (x, y)."""
+"""Length of the longest step that looks, relative to the size of (x, y). Where x is in smaller units than y it may be
+longer than all of x: then shorter ones tell."""
+SHORTER = 0.1
+BEYOND = 30.0
+"""Steps that look are at least so many times as long as x may be away from a kink, or F would fall on the way there."""
+PROMISED = 0.1
+"""Part of the fall promised by the slope that counts as one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +115,8 @@ def _decide(
         return status, status.value
     if not checked.accepted:
         return Status.STALLED, f"{found}, but the point is not verified: {checked.reasons[0]}"
-    moved = float(torch.linalg.vector_norm(torch.cat([best.x - limit[0], best.y - limit[1]])))
+    in_x = float(torch.linalg.vector_norm(best.x - limit[0]))
+    moved = math.hypot(in_x, float(torch.linalg.vector_norm(best.y - limit[1])))
     size = 1.0 + float(torch.linalg.vector_norm(torch.cat(limit)))
     if moved > 10.0 * rtol * size:
         return Status.STALLED, (
@@ -118,7 +125,7 @@ def _decide(
         )
     slope = checked.stationarity
     steep = slope is not None and slope > max(max(STEEP, rtol) * _size_of_gradient(flat, best), _negligible(best, size))
-    if steep and _descends(flat, best, size, curvature):
+    if steep and _descends(flat, best, size, max(stages.change_x, in_x), curvature):
         return Status.STALLED, (
             f"{found}, and the point is bilevel feasible, but not stationary for the upper level (stationarity "
             f"{slope:.3g}): where constraints become active, penalised problems have saddle points that are none of "
@@ -130,14 +137,24 @@ def _decide(
     return status, message
 
 
-def _descends(flat: FlatProblem, best: Response, size: float, curvature: float) -> bool:
-    """Whether F falls along its hypergradient as far as a tenth of what that promises; at a kink it does not."""
+def _descends(flat: FlatProblem, best: Response, size: float, error: float, curvature: float) -> bool:
+    """Whether F falls along its hypergradient by a tenth of what that promises, over any of several step lengths.
+
+    At a kink it does not, over steps that are long beside the ``error`` of x; shorter ones, and those over which
+    rounding hides what is promised, are not tried.
+    """
     found = singular_hypergradient(flat.problem, flat.x_tree(best.x), flat.y_tree(best.y))
     h = flat.flat_x(found.value)
-    reach = REACH * size / torch.linalg.vector_norm(h)
-    x = flat.flat_x(flat.problem.upper_set.project(flat.x_tree(best.x - reach * h)))
-    there = respond(flat, x, best.y, curvature=curvature)
-    return there.violation <= FEASIBLE and there.upper < best.upper - 0.1 * float(h @ (best.x - x))
+    slope = float(torch.linalg.vector_norm(h))
+    hidden = float(torch.finfo(h.dtype).eps) ** 0.5 * (1.0 + abs(best.upper))
+    reach = REACH * size
+    while reach >= BEYOND * error and PROMISED * reach * slope >= hidden:
+        x = flat.flat_x(flat.problem.upper_set.project(flat.x_tree(best.x - (reach / slope) * h)))
+        there = respond(flat, x, best.y, curvature=curvature)
+        if there.violation <= FEASIBLE and there.upper < best.upper - PROMISED * float(h @ (best.x - x)):
+            return True
+        reach *= SHORTER
+    return False
 
 
 def _size_of_gradient(flat: FlatProblem, best: Response) -> float:

@@ -38,7 +38,7 @@ class StagesState(State):
         ended: the ends of the last four stages, newest last: the projected point and then its image.
         settled: whether each of them reached its fixed point.
         outcome: an :class:`Outcome`.
-        change: distance of the last two extrapolations of (x, y).
+        change: distance of the last two extrapolations of (x, y); ``change_x`` that of x alone.
         bias: distance of (x, y) at the end of the last stage from the extrapolation.
         apart: distance of y and theta in the extrapolation.
     """
@@ -52,6 +52,7 @@ class StagesState(State):
     marked: int = 0
     mark: list[float] = field(default_factory=list)
     change: float = float("inf")
+    change_x: float = float("inf")
     bias: float = float("inf")
     apart: float = float("inf")
 
@@ -157,13 +158,13 @@ class Stages:
         count = len(lengths)
         before, limit, last = (lengths * point[:count] for point in (*limits[-2:], state.ended[-1]))
         theta = lengths[n:] * limits[-1][count : 2 * count - n]
-        change, bias, size, apart = torch.stack(
-            [torch.linalg.vector_norm(v) for v in (limit - before, limit - last, limit, limit[n:] - theta)]
+        change = limit - before
+        state.change, state.change_x, state.bias, state.apart, size = torch.stack(
+            [torch.linalg.vector_norm(v) for v in (change, change[:n], limit - last, limit[n:] - theta, limit)]
         ).tolist()
-        state.change, state.bias, state.apart = change, bias, apart
         allowed = max(self.atol, self.rtol * (1.0 + size))
         strict = 1.0 if len(state.settled) == KEPT else EARLY
-        return change <= strict * allowed and apart <= 10.0 * allowed
+        return state.change <= strict * allowed and state.apart <= 10.0 * allowed
 
     def _stands(self, state: StagesState, lengths: Tensor) -> bool:
         """Whether two stages in a row ended at the same (x, y) without reaching their fixed points: more will not."""

@@ -93,7 +93,10 @@ class Work:
         return self.projection.method not in ("sets", "joint set")
 
     def measured(self, lengths: Tensor) -> "Work":
-        """The same in these lengths, which are ones unless :attr:`scalable`."""
+        """The same in these lengths.
+
+        Where they are no ones and the problem is not :attr:`scalable`, the sets are written as rows.
+        """
         if bool((lengths == 1).all()):
             return self
         flat, n = self.flat, self.flat.n
@@ -123,6 +126,10 @@ class Work:
         parts = [level.inequality(x, y)] if level.inequalities else []
         parts += [level.equality(x, y)] if level.equalities else []
         return weights * torch.cat(parts) if parts else weights
+
+    def nearest(self, x: Tree, y: Tree) -> JointPoint:
+        """The nearest pair in C, in the units of the problem."""
+        return self.projection.project(self.flat.flat_x(x), self.flat.flat_y(y), self.projection.start())
 
     def in_c(self, u: Tensor, duals: Tensor) -> tuple[Tensor, JointPoint]:
         """The nearest pair in C, in scaled units, and all about it."""
