@@ -213,6 +213,8 @@ def solve_automatically(
 ) -> Solution:
     """Run the choice and, where it ends without a verified point and budget is left, its fallback.
 
+    A run that is UNBOUNDED at a point that is accepted is an answer.
+
     Args:
         problem, x0, y0: what to solve, from where.
         attempt: runs one algorithm with a step and a time budget; it must not raise on numerical failures.
@@ -295,7 +297,7 @@ def _unsettled(ended: _Ended, checked: bool) -> bool:
     if status in (Status.STOPPED, Status.TIME_LIMIT):
         return False
     if checked:
-        return not (ended.solution.success and ended.accepted)
+        return not (ended.accepted and (ended.solution.success or status is Status.UNBOUNDED))
     return status.is_failure or status is Status.STALLED
 
 
@@ -303,6 +305,8 @@ def _better(choice: Choice, first: _Ended, second: _Ended) -> Solution:
     best, other = (second, first) if second.rank < first.rank else (first, second)
     if first.solution.status is Status.INFEASIBLE and not second.accepted:
         best, other = first, second  # that no feasible point was found is the answer, and not where another run stopped
+    if second.solution.status is Status.UNBOUNDED and second.accepted:
+        best, other = second, first  # where the first ended is no minimum then
     counts = dict(best.solution.counts)
     for name, number in other.solution.counts.items():
         counts[name] = counts.get(name, 0) + number

@@ -270,7 +270,7 @@ def choosing(monkeypatch: pytest.MonkeyPatch, first: Any, second: Any) -> None:
 HONEST = bilevel.ImplicitGradient()
 
 
-@pytest.mark.parametrize("ends", ["CONVERGED", "STALLED", "STEP_LIMIT", "NONFINITE", "INFEASIBLE"])
+@pytest.mark.parametrize("ends", ["CONVERGED", "STALLED", "STEP_LIMIT", "NONFINITE", "INFEASIBLE", "UNBOUNDED"])
 def test_a_first_choice_without_a_verified_point_is_followed_by_the_second(
     ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +324,36 @@ def test_infeasible_is_the_answer_although_another_run_stops_elsewhere() -> None
         bilevel.solve(problem, "auto", zero, zero)
     assert caught.value.solution.status is Status.INFEASIBLE
     assert caught.value.solution.algorithm.name == "KKTRelaxation", "the first choice, whatever the second run claims"
+
+
+def test_unbounded_at_an_accepted_point_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    choosing(monkeypatch, Fake(y=0.0, ends="UNBOUNDED"), HONEST)
+    with pytest.raises(SolveError, match="UNBOUNDED") as caught:
+        bilevel.solve(problem(), "auto", *start())
+    assert caught.value.solution.choice == "Fake: why", "without a second run"
+
+
+@pytest.mark.parametrize(("y", "answer"), [(0.0, "UNBOUNDED"), (1.0, "STALLED")])
+def test_unbounded_of_the_second_choice_counts_at_an_accepted_point(
+    y: float, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choosing(monkeypatch, Fake(y=0.0, ends="STALLED"), Fake(y=y, ends="UNBOUNDED"))
+    found = bilevel.solve(problem(), "auto", *start(), raise_on_failure=False)
+    assert found.status is Status[answer]
+    assert [s.accepted for s in found.starts] == [True, y == 0.0]
+    assert ("whose point is not better" in found.choice) == (answer == "STALLED")
+
+
+def test_a_declared_problem_without_a_lower_bound_ends_unbounded() -> None:
+    problem = BilevelProblem(
+        lambda x, y: (x + y).sum(), lambda x, y: ((y - x) ** 2).sum(), lower_inequality=lambda x, y: y - x - 1
+    )
+    zero = torch.zeros((), dtype=torch.float64)
+    with pytest.raises(SolveError, match="UNBOUNDED") as caught:
+        bilevel.solve(problem, "auto", zero, zero)
+    found = caught.value.solution
+    assert found.algorithm.name == "KKTRelaxation" and "tried too" not in found.choice
+    assert found.upper_value < -1e6 and abs(float(found.y - found.x)) < 1e-3
 
 
 def test_failures_of_both_raise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from bilevel.algorithms.kkt_checks import looks_convex, lower_scale, moves_with_
 from bilevel.algorithms.kkt_relaxation_report import accuracy_of, conclusion, finished_starts
 from bilevel.algorithms.kkt_relaxation_state import (
     BEGIN,
+    CUT_SLACK,
     CUTS,
     FAILED,
     INFEASIBLE,
@@ -25,10 +26,13 @@ from bilevel.algorithms.kkt_relaxation_state import (
     REJECTED,
     RELAX,
     SAME_PATH,
+    TOLERANCE,
+    UNBOUNDED,
     VERIFIED,
     WORSE,
     KKTRelaxationState,
 )
+from bilevel.algorithms.kkt_relaxation_unbounded import look
 from bilevel.algorithms.relaxed_kkt import Outcome, RelaxedKKT, solve_program
 from bilevel.algorithms.start_points import start_box
 from bilevel.flat import FlatProblem
@@ -43,10 +47,6 @@ from implicit.tree import Tree
 
 LIMIT = 500
 """Unknowns of the nonlinear program; its matrices of third derivatives are dense."""
-TOLERANCE = 1e-6
-"""At which points are verified."""
-CUT_SLACK = 0.1 * TOLERANCE
-"""By how much cuts may be violated: at the better point itself they would leave no interior."""
 ROUNDS = 5
 """Times that one start may go on with a cut more."""
 CONVEX_RESTARTS, RESTARTS = 5, 9
@@ -58,11 +58,11 @@ the error of a point is the square root of the residual."""
 FLIPS = 20
 """Pairs that one path turns over; every one lowers f, or is settled."""
 INNER_STEPS, INNER_STEPS_OF_RESTARTS = 300, 150
+LOOKS = 2
+"""Ends of programs of one start where it is looked whether f has a lower bound."""
 LOWER_STEPS = 200
 LARGEST = 1e6
 """Starting multipliers beyond this are cut off."""
-SAME = 1e-5
-"""Starts whose points at the same relaxation are so close end at the same point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,8 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
 
     CONVERGED says: all starts are done, the best point is accepted by :func:`bilevel.verify` at 1e-6, and the KKT
     residual of its program is within the tolerance. That is a local solution; more ``restarts`` look further.
+    UNBOUNDED says: f is 1e6 times as deep as it was large at the point returned, which verify accepts, and it falls on
+    over points with exact complementarity until they are 1e12 times as far out, or f is 1e28 times as deep.
     Guarantee: EXACT where it converges.
 
     Args:
@@ -252,11 +254,11 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
             self._multipliers_at(state) if relaxed else None,
             atol=self.tolerance if relaxed else SHARPER * self.tolerance,
             max_steps=INNER_STEPS if state.index == 0 else INNER_STEPS_OF_RESTARTS,
-            time_limit=None if state.deadline is None else state.deadline - time.perf_counter(),
+            time_limit=_left(state),
         )
         value = kkt.value(outcome.z)
-        if outcome.status is Status.TIME_LIMIT:
-            pass  # the run ends here, and would solve this program again if it is resumed
+        if outcome.status is Status.TIME_LIMIT or self._falls(kkt, state, outcome):
+            pass  # the run ends here; out of time it would solve this program again if it is resumed
         elif relaxed:
             self._after_relaxed(kkt, state, outcome, value)
         else:
@@ -291,7 +293,7 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
             both = state.extra[state.index - self.restarts - 1]
         if not state.fixed:
             state.cut_count = 0
-        state.rounds = 0
+        state.rounds = state.looks = 0
         wide = state.index <= self.restarts and state.index % 2 == 0
         self._from(kkt, state, both[: flat.n], both[flat.n :], self.relaxation if wide else self._narrow)
 
@@ -315,6 +317,21 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
         state.relaxation, state.reached, state.relaxed_value, state.flips = relaxation, 0.0, -math.inf, 0
         state.candidate_value = math.inf
 
+    def _falls(self, kkt: RelaxedKKT, state: KKTRelaxationState, outcome: Outcome) -> bool:
+        """Whether f has no lower bound next to where a program ended; if so, that is the end of the run."""
+        if not outcome.fell or state.looks >= LOOKS:
+            return False
+        state.looks += 1
+        found = look(kkt, state, outcome, atol=self.tolerance, time_limit=_left(state))
+        if found is None:
+            return False
+        at = kkt.split(found[0])
+        state.best_value, state.verification = -math.inf, found[1]
+        tree.copy_(state.x, kkt.flat.x_tree(at.x))
+        tree.copy_(state.y, kkt.flat.y_tree(at.y))
+        self._end(state, Status.UNBOUNDED, kkt.value(found[0]), UNBOUNDED)
+        return True
+
     def _after_relaxed(self, kkt: RelaxedKKT, state: KKTRelaxationState, outcome: Outcome, value: float) -> None:
         if not outcome.usable:
             if state.reached:
@@ -330,7 +347,7 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
         state.inequality[: len(rows)] = rows
         if self._no_better(state, value):
             self._end(state, outcome.status, value, WORSE)
-        elif self._met(kkt, state):
+        elif state.met():
             self._end(state, outcome.status, value, SAME_PATH)
         elif self._last(state) or state.relaxation <= POLISH < state.relaxation / self.decrease:
             self._begin_piece(kkt, state)
@@ -410,21 +427,6 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
     def _no_better(self, state: KKTRelaxationState, value: float) -> bool:
         return value >= state.best_value - TOLERANCE * max(1.0, abs(state.best_value))
 
-    def _met(self, kkt: RelaxedKKT, state: KKTRelaxationState) -> bool:
-        """Whether an earlier program with the same relaxation and cuts ended here; remembers this one."""
-        at = state.point[: kkt.flat.n + kkt.flat.m]
-        key = math.log10(state.relaxation) - 100.0 * state.cut_count
-        found = state.trail[: len(state.trail_keys)]
-        close = (found - at).abs().amax(dim=1) <= SAME * (1.0 + float(at.abs().amax()))
-        same = torch.tensor([k == key for k in state.trail_keys], dtype=torch.bool, device=at.device)
-        comparable = state.fixed or not state.cut_count
-        if comparable and bool((close & same).any()):
-            return True
-        if len(state.trail_keys) < len(state.trail):
-            state.trail[len(state.trail_keys)] = at
-            state.trail_keys.append(key)
-        return False
-
     def _fail(self, kkt: RelaxedKKT, state: KKTRelaxationState, outcome: Outcome, value: float) -> None:
         """Where not even the first program could be solved: how near to feasible is its end?"""
         at, flat = kkt.split(outcome.z), kkt.flat
@@ -451,6 +453,8 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
     def terminate(self, problem: BilevelProblem, state: KKTRelaxationState) -> Status:
         """After the last start: from what the verified, or the least infeasible point is worth."""
         assert self.restarts is not None
+        if state.best_value == -math.inf:
+            return Status.UNBOUNDED
         if state.index <= self.restarts + state.extra_count:
             return Status.RUNNING
         if math.isfinite(state.best_value):
@@ -482,7 +486,12 @@ class KKTRelaxation(Algorithm[KKTRelaxationState]):
     ) -> tuple[Accuracy, Status, str]:
         """Verification of the end point, and what became of the starts."""
         found = state.verification or verify(problem, state.x, state.y, tolerance=TOLERANCE)
-        return accuracy_of(found), *conclusion(state, found, status)
+        return accuracy_of(found), *conclusion(self._kkt(problem, state).flat, state, found, status)
+
+
+def _left(state: KKTRelaxationState) -> float | None:
+    """Seconds of the time limit."""
+    return None if state.deadline is None else state.deadline - time.perf_counter()
 
 
 def _no_duals(kkt: RelaxedKKT) -> FlatMultipliers:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from bilevel.algorithms.base import BilevelState
@@ -11,11 +12,17 @@ from bilevel.algorithms.start_points import StartBox
 from bilevel.verify import Verification
 from constrained.multipliers import FlatMultipliers
 
+TOLERANCE = 1e-6
+"""At which points are verified."""
+CUT_SLACK = 0.1 * TOLERANCE
+"""By how much cuts may be violated: at the better point itself they would leave no interior."""
 CUTS = 12
 """Better lower points that are kept."""
+SAME = 1e-5
+"""Starts whose points at the same relaxation are so close end at the same point."""
 BEGIN, RELAX, PIECE = "begin", "relax", "piece"
 
-VERIFIED, WORSE, SAME_PATH, REJECTED, FAILED, INFEASIBLE = range(6)
+VERIFIED, WORSE, SAME_PATH, REJECTED, FAILED, INFEASIBLE, UNBOUNDED = range(7)
 OUTCOMES = (
     "verified",
     "given up: not better than the best point",
@@ -23,6 +30,7 @@ OUTCOMES = (
     "a KKT point that verify does not accept",
     "its nonlinear program could not be solved",
     "no point that satisfies all constraints",
+    "f falls without bound",
 )
 
 
@@ -35,7 +43,8 @@ class KKTRelaxationState(BilevelState):
         seed: of the sequence of random starts.
         scale: of the lower objective.
         fixed: whether the lower feasible set is the same for every x, so that cuts hold everywhere.
-        index: of the current start, its ``phase``, and how many ``rounds`` of cuts and ``flips`` of pairs it has had.
+        index: of the current start, its ``phase``, and how many ``rounds`` of cuts, ``flips`` of pairs, and
+            ``looks`` for a lower bound of f it has had.
         point: the current unknowns; ``known`` says whether ``equality``, ``inequality``, ``below`` and ``above`` are
             multipliers of the program there.
         relaxation: of the products; ``reached`` is the last one whose program was solved, with ``relaxed_value`` and
@@ -49,7 +58,8 @@ class KKTRelaxationState(BilevelState):
         extra: starts that were found on the way, shape (CUTS, n + m), ``extra_count`` of them.
         trail: where relaxed programs ended, and ``trail_keys`` at which relaxation and number of cuts.
         best: the best verified unknowns, with f, KKT residual, relaxation and multipliers of the upper constraints;
-            ``unexplored`` says that f promises to fall on sides of its pairs that were not looked at.
+            ``unexplored`` says that f promises to fall on sides of its pairs that were not looked at. The value is
+            minus infinity once f is found to have no lower bound.
         least: the least infeasible pair ``(x, y)``, shape (n + m,), while nothing is verified.
         statuses, values, outcomes: one entry per finished start.
         said: why the last rejected point was rejected.
@@ -62,6 +72,7 @@ class KKTRelaxationState(BilevelState):
     index: int = 0
     phase: str = BEGIN
     rounds: int = 0
+    looks: int = 0
     flips: int = 0
     point: Tensor
     known: bool = False
@@ -107,3 +118,18 @@ class KKTRelaxationState(BilevelState):
     def used_cuts(self) -> Tensor:
         """The cuts in force, shape (j, m)."""
         return self.cuts[: self.cut_count]
+
+    def met(self) -> bool:
+        """Whether an earlier program with the same relaxation and cuts ended at the point; remembers this one."""
+        at = self.point[: len(self.origin)]
+        key = math.log10(self.relaxation) - 100.0 * self.cut_count
+        found = self.trail[: len(self.trail_keys)]
+        close = (found - at).abs().amax(dim=1) <= SAME * (1.0 + float(at.abs().amax()))
+        same = torch.tensor([k == key for k in self.trail_keys], dtype=torch.bool, device=at.device)
+        comparable = self.fixed or not self.cut_count
+        if comparable and bool((close & same).any()):
+            return True
+        if len(self.trail_keys) < len(self.trail):
+            self.trail[len(self.trail_keys)] = at
+            self.trail_keys.append(key)
+        return False

@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel.flat import FlatProblem
 from constrained import ConstrainedProblem, InteriorPoint, KKTResidual, Lagrangian
 from constrained.multipliers import FlatMultipliers
+from constrained.unbounded import DEPTH
 from implicit import Status
 from implicit.iterate import Run, iterate
 
@@ -22,6 +23,8 @@ BIACTIVE = 1e-6
 """Multipliers and slacks up to this are zero."""
 ACCEPTED = 1e-6
 """A run that ends with a KKT residual up to this is worth going on from."""
+FALLEN = 1e6
+"""A value that many times below the sizes of f and its slope at the start asks whether f is bounded."""
 
 
 class Unknowns(NamedTuple):
@@ -272,6 +275,7 @@ class Outcome:
         residual: of its optimality conditions.
         status: how the solver ended.
         steps: of the solver.
+        fell: whether it failed with f so deep, at its last point if not at z, that f may have no lower bound.
     """
 
     z: Tensor
@@ -279,6 +283,7 @@ class Outcome:
     residual: KKTResidual
     status: Status
     steps: int
+    fell: bool
 
     @property
     def usable(self) -> bool:
@@ -308,4 +313,6 @@ def solve_program(
         point, *parts = run.best.point
         duals = FlatMultipliers(*parts)
     residual, _, status, _ = method.assess(lagrangian, point, duals, run.status)
-    return Outcome(z=point.clone(), multipliers=duals, residual=residual, status=status, steps=state.step)
+    deep = float(state.at(lagrangian).objective) < FALLEN / DEPTH * state.floor
+    fell = deep and status is not Status.CONVERGED
+    return Outcome(z=point.clone(), multipliers=duals, residual=residual, status=status, steps=state.step, fell=fell)
