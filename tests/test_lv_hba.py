@@ -539,3 +539,15 @@ def test_lengths_are_a_tuple() -> None:
 def test_settings_are_validated(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bilevel.LVHBA(**settings)  # type: ignore[arg-type]
+
+
+def test_a_row_with_an_infinite_gradient_at_the_start_is_reported() -> None:
+    problem = BilevelProblem(
+        lambda x, y: ((x - 1) ** 2 + (y - 1) ** 2).sum(),
+        lambda x, y: ((y - x) ** 2).sum(),
+        lower_inequality=lambda x, y: y.clamp(min=0).sqrt() - 5,
+    )
+    zero = torch.zeros(1)
+    solution = bilevel.solve(problem, bilevel.LVHBA(), zero, zero, raise_on_failure=False)
+    assert solution.status is Status.NONFINITE
+    assert torch.equal(solution.x, zero) and torch.equal(solution.y, zero)

@@ -78,6 +78,8 @@ class RowProjection:
         The result is as good as rounding allows unless the set is empty or badly conditioned: the caller has to look
         at its error. Reads from the device once, twice more per step, and once or twice per change of the active sets.
         """
+        if not len(multiplier):
+            return Projected(torch.clamp(point, self.lower, self.upper), multiplier, 0.0, 0)
         inner, size = point[self.program.rows.order], point.abs().amax()
         scale = 1 / (1 + size) + 0 * size  # NaN where the point is not finite
         found = self._correct(inner, scale, multiplier)
