@@ -1,5 +1,6 @@
 """Comparisons: every run becomes a row, every claim is checked, nothing done is lost, and the numbers add up."""
 
+import contextlib
 import csv
 import functools
 import importlib
@@ -702,14 +703,20 @@ def test_ctrl_c_on_the_command_line(jobs: int, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Where the tests run in the background, interrupts are ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     journal, end = tmp_path / "c" / "compare.jsonl", time.monotonic() + 120
-    while not (journal.exists() and len(journal.read_text().splitlines()) == 2):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    try:
+        while not (journal.exists() and len(journal.read_text().splitlines()) == 2):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a run that nobody stops would slow down all other tests
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert "1 more run is missing" in out
