@@ -245,3 +245,16 @@ def test_settings(build: Callable[[], Any], error: type[Exception], message: str
 
 def test_algorithms_by_name_ignore_case_and_separators() -> None:
     assert bilevel.algorithm("implicit-gradient") is bilevel.algorithm("IMPLICIT_GRADIENT") is bilevel.ImplicitGradient
+
+
+def test_an_idle_x_is_allowed_where_constraints_leave_a_choice_among_lower_solutions() -> None:
+    def upper(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y.sum()
+
+    def lower(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return -(y**2).sum()
+
+    x, y = torch.zeros(1), torch.full((1,), 0.5)
+    BilevelProblem(upper, lower, lower_inequality=lambda x, y: y.abs() - 1).validate(x, y)
+    with pytest.raises(ValueError, match="x enters neither an objective nor a constraint"):
+        BilevelProblem(upper, lower).validate(x, y)
